@@ -1,0 +1,455 @@
+"""LLaMA in one file: RMSNorm, RoPE (plain and Llama-3 scaled), grouped-query attention, SwiGLU.
+
+Reads and writes Hugging Face checkpoints (config.json + safetensors, whole or sharded). The one thing
+that differs from other small LLaMAs is the cache. Latent reasoning first reads a question in one
+parallel pass and then goes on one position at a time, with gradients, and in reinforcement learning
+with several continuations of the same question. So keys and values are held in two segments:
+
+    prefix   (Q, KV, S, D)      the question, right-padded, computed once, shared by a group of G rows
+    tail     (Q, KV, G, N, D)   what came since, N columns; row b of the batch is (b // G, b % G)
+
+A decoding step copies only the short tail, never the prefix, and its autograd graph keeps one prefix.
+Columns of the tail may be invalid in some rows: they are attended to by nobody and use up no position.
+"""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass
+class LLaMAConfig:
+    """Fields of a Hugging Face LlamaConfig that this architecture needs, under their names there."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # None, or {"rope_type": "llama3", "factor": ..., ...}
+    tie_word_embeddings: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list | None = None
+
+    def __post_init__(self):
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                 "num_key_value_heads", "head_dim", "max_position_embeddings")
+        for name in sizes:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= 2**24:
+                raise ValueError(f"{name} must be an integer from 1 to {2**24}, not {value!r}")
+        for name in ("rms_norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be a positive number, not {value!r}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                             f"num_key_value_heads {self.num_key_value_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd: rotary embedding turns pairs of dimensions")
+        if self.rope_scaling is not None:
+            needed = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+            for key in needed:
+                value = self.rope_scaling.get(key)
+                if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+                    raise ValueError(f"rope_scaling needs a positive number {key!r}, not {value!r}")
+            if self.rope_scaling["low_freq_factor"] >= self.rope_scaling["high_freq_factor"]:
+                raise ValueError("rope_scaling needs low_freq_factor < high_freq_factor")
+
+    @classmethod
+    def from_dict(cls, raw):
+        """From the contents of a config.json. ValueError names what this architecture has not."""
+        if not isinstance(raw, dict):
+            raise ValueError("it is not a JSON object")
+        refused = {"model_type": ("llama",), "hidden_act": ("silu",), "attention_bias": (False,),
+                   "mlp_bias": (False,), "quantization_config": (None,)}
+        for key, allowed in refused.items():
+            if key == "model_type" and key not in raw:
+                raise ValueError("key 'model_type' is missing (this code reads model_type 'llama')")
+            if raw.get(key, allowed[0]) not in allowed:
+                raise ValueError(f"{key} {raw[key]!r} is not supported (only {allowed[0]!r})")
+        raw = dict(raw)
+        # transformers 5 writes rope_parameters; published checkpoints have rope_theta + rope_scaling
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise ValueError(f"rope_parameters must be an object, not {rope!r}")
+        rope = dict(rope)
+        raw["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", "llama3"):
+            raise ValueError(f"rope_type {kind!r} is not supported (only 'default' and 'llama3')")
+        if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
+            raise ValueError("partial_rotary_factor is not supported")
+        raw["rope_scaling"] = {**rope, "rope_type": kind} if kind == "llama3" else None
+        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if key not in raw:
+                raise ValueError(f"key {key!r} is missing")
+        raw["num_key_value_heads"] = raw.get("num_key_value_heads") or raw["num_attention_heads"]
+        if raw.get("head_dim") is None:
+            heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
+            if not (isinstance(heads, int) and isinstance(hidden, int) and heads > 0) or hidden % heads:
+                raise ValueError("hidden_size is not a multiple of num_attention_heads, and there is no head_dim")
+            raw["head_dim"] = hidden // heads
+        raw.setdefault("tie_word_embeddings", False)  # LlamaConfig's own default
+        raw.setdefault("rms_norm_eps", 1e-6)
+        return cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
+
+    def to_dict(self):
+        """A config.json that transformers 4 and 5 both open."""
+        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+                "attention_bias": False, "mlp_bias": False, **asdict(self)}
+
+
+def rope_frequencies(config):
+    """Rotation per position of each pair of dimensions, float32 (head_dim / 2,).
+
+    Llama-3 scaling (as in Meta's llama-models): wavelengths longer than the original context
+    / low_freq_factor are stretched by `factor`, those shorter than context / high_freq_factor are kept,
+    those between are interpolated."""
+    freq = config.rope_theta ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+    s = config.rope_scaling
+    if s is None:
+        return freq
+    low, high = s["low_freq_factor"], s["high_freq_factor"]
+    turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)  # rotations within the old context
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - smooth) * freq / s["factor"] + smooth * freq
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding of x (..., T, D), the halves of D kept apart as Hugging Face stores them."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+class KVCache:
+    """Keys and values of a shared prefix and of the tail since (see the top of this file)."""
+
+    def __init__(self):
+        self.group = 1
+        self.prefix = None        # per layer: k, v (Q, KV, S, D)
+        self.prefix_bias = None   # (Q, 1, 1, 1, S) or None where no row is padded: 0, or -inf at padding
+        self.tail = None          # per layer: k, v (Q, KV, G, N, D)
+        self.valid = None         # (B, N) bool
+        self.next_position = None  # (B,) position of each row's next token
+
+    def expand(self, group):
+        """From now on each row of the prefix is continued by `group` rows of the batch."""
+        assert self.tail is None and self.group == 1
+        self.group = group
+        self.next_position = self.next_position.repeat_interleave(group)
+        return self
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        d, self.head_dim = config.hidden_size, config.head_dim
+        self.kv_heads = config.num_key_value_heads
+        self.repeat = config.num_attention_heads // self.kv_heads  # query heads that share a key head
+        self.q_proj = nn.Linear(d, config.num_attention_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(d, self.kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(d, self.kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, d, bias=False)
+
+    def forward(self, x, rope, past, bias):
+        """x (B, T, d) -> y (B, T, d), (k, v). `past`: None for a causal pass over a prefix, which gives
+        k, v (B, KV, T, D), else (prefix_k, prefix_v, tail_k, tail_v), which gives the longer tail."""
+        B, T, _ = x.shape
+        G = 1 if past is None else past[2].shape[2]
+        Q, KV, R, D = B // G, self.kv_heads, self.repeat, self.head_dim
+        q = self.q_proj(x).view(Q, G, T, KV, R, D).permute(0, 3, 1, 4, 2, 5)  # (Q, KV, G, R, T, D)
+        k = self.k_proj(x).view(Q, G, T, KV, 1, D).permute(0, 3, 1, 4, 2, 5)
+        v = self.v_proj(x).view(Q, G, T, KV, D).permute(0, 3, 1, 2, 4)        # (Q, KV, G, T, D)
+        q, k = rotate(q, *rope), rotate(k, *rope).squeeze(3)
+        if past is None:
+            k, v = k.squeeze(2), v.squeeze(2)
+            y = F.scaled_dot_product_attention(q.reshape(B, KV * R, T, D), k, v, is_causal=True, enable_gqa=R > 1)
+            y = y.view(Q, KV, G, R, T, D)
+        else:
+            prefix_k, prefix_v, tail_k, tail_v = past
+            prefix_bias, tail_bias = bias
+            k, v = torch.cat((tail_k, k), dim=3), torch.cat((tail_v, v), dim=3)
+            S = prefix_k.shape[2]
+            q = (q * D**-0.5).reshape(Q, KV, G * R * T, D)
+            # the rows of a group are so many more queries to the one prefix: nothing is expanded
+            to_prefix = (q @ prefix_k.transpose(-1, -2)).view(Q, KV, G, R * T, S)
+            if prefix_bias is not None:
+                to_prefix = to_prefix + prefix_bias
+            to_tail = q.view(Q, KV, G, R * T, D) @ k.transpose(-1, -2)
+            if tail_bias is not None:
+                to_tail = (to_tail.view(Q, KV, G, R, T, -1) + tail_bias).flatten(3, 4)
+            p = torch.cat((to_prefix, to_tail), dim=-1).softmax(dim=-1, dtype=torch.float32).to(v.dtype)
+            y = p[..., S:] @ v + (p[..., :S].reshape(Q, KV, G * R * T, S) @ prefix_v).view(Q, KV, G, R * T, D)
+            y = y.view(Q, KV, G, R, T, D)
+        return self.o_proj(y.permute(0, 2, 4, 1, 3, 5).reshape(B, T, KV * R * D)), (k, v)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rope, past, bias):
+        y, kv = self.self_attn(self.input_layernorm(x), rope, past, bias)
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x)), kv
+
+
+class LLaMA(nn.Module):
+    """`LLaMA(config)` from nothing, `LLaMA.from_pretrained(dir)` from a Hugging Face checkpoint.
+
+    model(tokens) with tokens (B, T) gives logits (B, T, vocab)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # no buffer: model.bfloat16() must not round it, and no state_dict holds it
+        self.inv_freq = rope_frequencies(config)
+        self.activation_checkpointing = False
+        self.apply(self._init_weights)
+        for name, p in self.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):  # GPT-2: keep the residual stream's variance
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.num_hidden_layers))
+
+    @staticmethod
+    def _init_weights(module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+
+    def forward(self, tokens=None, embeds=None, cache=None, valid=None, at=None):
+        """Logits (B, T, vocab), or (N, vocab) at the N positions where the bool mask `at` (B, T) is set."""
+        h = self.hidden(tokens, embeds, cache, valid)
+        return self.logits(h if at is None else h[at])
+
+    def logits(self, h):
+        return F.linear(h, (self.lm_head or self.embed_tokens).weight)
+
+    def hidden(self, tokens=None, embeds=None, cache=None, valid=None):
+        """Last hidden states after the final norm (B, T, d), of token ids (B, T) or embeddings (B, T, d).
+
+        Without `cache`, or on a new one: one causal pass at positions 0..T-1; `valid` (B, T), if given,
+        marks right-padding, which no valid position can see. Later passes on the same cache add T
+        columns to the tail; `valid` says in which rows each column counts (default: all)."""
+        x = self.embed_tokens(tokens) if embeds is None else embeds
+        B, T, _ = x.shape
+        if self.inv_freq.device != x.device:
+            self.inv_freq = self.inv_freq.to(x.device)
+        if cache is None or cache.prefix is None:
+            positions, past, bias = torch.arange(T, device=x.device), None, None
+        else:
+            positions, past, bias = self._extend(cache, B, T, valid, x)
+        angles = positions[..., None].float() * self.inv_freq
+        angles = torch.cat((angles, angles), dim=-1)           # (T, D) or (B, T, D)
+        if past is not None:
+            angles = angles.view(-1, 1, cache.group, 1, T, angles.shape[-1])
+        rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        kv = []
+        for i, layer in enumerate(self.layers):
+            args = (x, rope, None if past is None else past[i], bias)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x, layer_kv = checkpoint(layer, *args, use_reentrant=False)
+            else:
+                x, layer_kv = layer(*args)
+            kv.append(layer_kv)
+        if cache is not None:
+            if past is None:
+                self._start(cache, kv, B, T, valid, x)
+            else:
+                cache.tail = kv
+        return self.norm(x)
+
+    @staticmethod
+    def _start(cache, kv, B, T, valid, x):
+        cache.prefix = kv
+        cache.next_position = torch.full((B,), T, device=x.device)
+        if valid is not None and not bool(valid.all()):
+            cache.next_position = valid.sum(dim=1)
+            cache.prefix_bias = x.new_zeros(B, 1, 1, 1, T).masked_fill_(~valid[:, None, None, None], -math.inf)
+
+    @staticmethod
+    def _extend(cache, B, T, valid, x):
+        """Positions (B, T) of T new columns, per-layer past, and biases: built once a pass, not in every layer."""
+        Q = B // cache.group
+        if valid is None:
+            valid = torch.ones(B, T, dtype=torch.bool, device=x.device)
+        positions = (cache.next_position[:, None] + valid.cumsum(dim=1) - 1).clamp_(min=0)
+        cache.next_position = cache.next_position + valid.sum(dim=1)
+        if cache.tail is None:
+            k = cache.prefix[0][0]
+            empty = k.new_empty(Q, k.shape[1], cache.group, 0, k.shape[3])
+            cache.tail, cache.valid = [(empty, empty)] * len(cache.prefix), valid
+        else:
+            cache.valid = torch.cat((cache.valid, valid), dim=1)
+        N = cache.valid.shape[1]
+        seen = cache.valid[:, None] & torch.ones(T, N, dtype=torch.bool, device=x.device).tril(N - T)
+        tail_bias = x.new_zeros(B, T, N).masked_fill_(~seen, -math.inf).view(Q, 1, cache.group, 1, T, N)
+        past = [p + t for p, t in zip(cache.prefix, cache.tail)]
+        return positions, past, (cache.prefix_bias, tail_bias)
+
+    def add_tokens(self, vocab_size, like=None):
+        """Grow the vocabulary in place; the new rows copy row `like`, or the mean row (METHOD: of "<<")."""
+        modules = [self.embed_tokens] + ([self.lm_head] if self.lm_head is not None else [])
+        for module in modules:
+            w = module.weight.data
+            row = w.mean(dim=0) if like is None else w[like]
+            grown = torch.cat((w, row.expand(vocab_size - len(w), -1)))
+            module.weight = nn.Parameter(grown)
+        self.embed_tokens.num_embeddings = self.config.vocab_size = vocab_size
+
+    # --- checkpoints: Hugging Face's layout and names ---
+
+    @staticmethod
+    def disk_name(name):
+        return name if name.startswith("lm_head.") else f"model.{name}"
+
+    @classmethod
+    def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
+        """Read config.json and model.safetensors (or the shards of model.safetensors.index.json).
+
+        Peak memory is the model in `dtype` and one slice of a tensor. FileNotFoundError where a file is missing, ValueError
+        naming file and key where it is not a LLaMA that this code can run; both before anything is allocated."""
+        path = Path(path)
+        file = path / "config.json"
+        try:
+            config = LLaMAConfig.from_dict(read_json(file))
+        except (ValueError, TypeError) as e:
+            raise ValueError(f"{file}: {str(e).removeprefix(f'{file}: ')}") from None
+        index = tensor_index(path)
+        with torch.device("meta"):
+            model = cls(config)
+        model.inv_freq = rope_frequencies(config)  # the one tensor that is no parameter
+        wanted = {cls.disk_name(n): p for n, p in model.named_parameters()}
+        for name, p in wanted.items():
+            if name not in index:
+                raise ValueError(f"{path}: tensor {name} is missing")
+            file, shape, kind = index[name]
+            if shape != tuple(p.shape):
+                raise ValueError(f"{file}: tensor {name} has shape {shape}, config.json says {tuple(p.shape)}")
+            if kind not in ("F64", "F32", "F16", "BF16"):
+                raise ValueError(f"{file}: tensor {name} has dtype {kind}, not a plain float")
+        # a tied checkpoint may hold the output matrix twice; old ones hold rotary tables
+        spare = {n for n in index.keys() - wanted.keys() if n != "lm_head.weight" and "rotary_emb" not in n}
+        if spare:
+            raise ValueError(f"{index[min(spare)][0]}: tensor {min(spare)} is not part of this architecture")
+        for name, p in list(model.named_parameters()):
+            file = index[cls.disk_name(name)][0]
+            owner, _, leaf = name.rpartition(".")
+            value = nn.Parameter(read_tensor(file, cls.disk_name(name), p.shape, dtype, device))
+            setattr(model.get_submodule(owner), leaf, value)
+        return model
+
+    def save_pretrained(self, path):
+        """Write config.json and model.safetensors, which transformers' LlamaForCausalLM opens."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        save_tensors({self.disk_name(n): p for n, p in self.named_parameters()}, path / "model.safetensors")
+        write_json(path / "config.json", self.config.to_dict())
+
+
+def read_json(file):
+    """ValueError that names file and place, FileNotFoundError that names the file."""
+    try:
+        return json.loads(Path(file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file}: no such file") from None
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{file}: not valid JSON ({e})") from None
+
+
+def write_json(file, value):
+    with open(file, "w", encoding="utf-8") as f:
+        f.write(json.dumps(value, indent=2) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def save_tensors(tensors, file):
+    save_file({n: t.detach().contiguous() for n, t in tensors.items()}, file, metadata={"format": "pt"})
+    with open(file, "rb+") as f:
+        os.fsync(f.fileno())
+
+
+def tensor_index(path):
+    """{tensor name: (file, shape, dtype name)} of a directory's model.safetensors or of its shards."""
+    whole, table = path / "model.safetensors", path / "model.safetensors.index.json"
+    if whole.exists():
+        files = {None: whole}
+    elif table.exists():
+        weight_map = read_json(table)
+        weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
+        if not isinstance(weight_map, dict) or not all(isinstance(s, str) for s in weight_map.values()):
+            raise ValueError(f"{table}: key 'weight_map' must map tensor names to file names")
+        for shard in weight_map.values():
+            # the name comes from a file: it must not lead out of the directory
+            if "/" in shard or "\\" in shard or "\0" in shard or shard in ("", ".", ".."):
+                raise ValueError(f"{table}: shard name {shard!r} is not a plain file name in this directory")
+        files = {shard: path / shard for shard in sorted(set(weight_map.values()))}
+    else:
+        raise FileNotFoundError(f"{path}: neither model.safetensors nor model.safetensors.index.json is there")
+    index = {}
+    for shard, file in files.items():
+        for name, entry in tensor_headers(file).items():
+            if shard is None or weight_map.get(name) == shard:
+                index[name] = (file, *entry)
+    if None not in files:
+        for name, shard in weight_map.items():
+            if name not in index:
+                raise ValueError(f"{files[shard]}: tensor {name} is not in it, though {table.name} says so")
+    return index
+
+
+def tensor_headers(file):
+    """{tensor name: (shape, dtype name)}, reading only the file's header."""
+    try:
+        with safe_open(file, framework="pt") as f:
+            slices = {name: f.get_slice(name) for name in f.keys()}
+            return {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file}: no such file") from None
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{file}: not a readable safetensors file ({e})") from None
+
+
+def read_tensor(file, name, shape, dtype, device, chunk=2**24):
+    """One tensor of a safetensors file in `dtype`, copied in row slices of about `chunk` elements.
+
+    The file is mapped anew for each slice, so that pages already copied do not stay resident."""
+    out = torch.empty(shape, dtype=dtype, device=device)
+    rows = max(1, chunk // max(1, math.prod(shape[1:])))
+    for start in range(0, shape[0], rows):
+        with safe_open(file, framework="pt") as f:
+            out[start:start + rows].copy_(f.get_slice(name)[start:start + rows])
+    return out
