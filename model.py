@@ -26,6 +26,11 @@ from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
 
+def positive(value):
+    """Whether a JSON value is a number above 0 that float32 can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e38
+
+
 @dataclass
 class LLaMAConfig:
     """Fields of a Hugging Face LlamaConfig that this architecture needs, under their names there."""
@@ -52,10 +57,20 @@ class LLaMAConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= 2**24:
                 raise ValueError(f"{name} must be an integer from 1 to {2**24}, not {value!r}")
+        if self.num_attention_heads * self.head_dim > 2**24:  # with this no tensor's size overflows 64 bits
+            raise ValueError(f"num_attention_heads times head_dim is {self.num_attention_heads * self.head_dim}, "
+                             f"more than {2**24}")
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            if not positive(value):
                 raise ValueError(f"{name} must be a positive number, not {value!r}")
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise ValueError(f"tie_word_embeddings must be true or false, not {self.tie_word_embeddings!r}")
+        if self.bos_token_id is not None and type(self.bos_token_id) is not int:
+            raise ValueError(f"bos_token_id must be an integer, not {self.bos_token_id!r}")
+        eos = self.eos_token_id
+        if eos is not None and any(type(i) is not int for i in (eos if isinstance(eos, list) else [eos])):
+            raise ValueError(f"eos_token_id must be an integer or a list of them, not {eos!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                              f"num_key_value_heads {self.num_key_value_heads}")
@@ -65,7 +80,7 @@ class LLaMAConfig:
             needed = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
             for key in needed:
                 value = self.rope_scaling.get(key)
-                if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+                if not positive(value):
                     raise ValueError(f"rope_scaling needs a positive number {key!r}, not {value!r}")
             if self.rope_scaling["low_freq_factor"] >= self.rope_scaling["high_freq_factor"]:
                 raise ValueError("rope_scaling needs low_freq_factor < high_freq_factor")
@@ -84,9 +99,11 @@ class LLaMAConfig:
                 raise ValueError(f"{key} {raw[key]!r} is not supported (only {allowed[0]!r})")
         raw = dict(raw)
         # transformers 5 writes rope_parameters; published checkpoints have rope_theta + rope_scaling
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if not isinstance(rope, dict):
-            raise ValueError(f"rope_parameters must be an object, not {rope!r}")
+        key = "rope_parameters" if raw.get("rope_parameters") is not None else "rope_scaling"
+        rope = raw.get(key)
+        if not isinstance(rope, (dict, type(None))):
+            raise ValueError(f"{key} must be an object, not {rope!r}")
+        rope = rope or {}
         rope = dict(rope)
         raw["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
         kind = rope.get("rope_type", rope.get("type", "default"))
@@ -98,7 +115,8 @@ class LLaMAConfig:
         for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             if key not in raw:
                 raise ValueError(f"key {key!r} is missing")
-        raw["num_key_value_heads"] = raw.get("num_key_value_heads") or raw["num_attention_heads"]
+        if raw.get("num_key_value_heads") is None:
+            raw["num_key_value_heads"] = raw["num_attention_heads"]
         if raw.get("head_dim") is None:
             heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
             if not (isinstance(heads, int) and isinstance(hidden, int) and heads > 0) or hidden % heads:
@@ -193,7 +211,8 @@ class Attention(nn.Module):
             to_tail = q.view(Q, KV, G, R * T, D) @ k.transpose(-1, -2)
             if tail_bias is not None:
                 to_tail = (to_tail.view(Q, KV, G, R, T, -1) + tail_bias).flatten(3, 4)
-            p = torch.cat((to_prefix, to_tail), dim=-1).softmax(dim=-1, dtype=torch.float32).to(v.dtype)
+            p = torch.cat((to_prefix, to_tail), dim=-1)
+            p = p.softmax(dim=-1, dtype=torch.promote_types(p.dtype, torch.float32)).to(v.dtype)
             y = p[..., S:] @ v + (p[..., :S].reshape(Q, KV, G * R * T, S) @ prefix_v).view(Q, KV, G, R * T, D)
             y = y.view(Q, KV, G, R, T, D)
         return self.o_proj(y.permute(0, 2, 4, 1, 3, 5).reshape(B, T, KV * R * D)), (k, v)
@@ -348,6 +367,9 @@ class LLaMA(nn.Module):
         except (ValueError, TypeError) as e:
             raise ValueError(f"{file}: {str(e).removeprefix(f'{file}: ')}") from None
         index = tensor_index(path)
+        if config.num_hidden_layers > len(index):  # or millions of modules would be built, only to find them missing
+            raise ValueError(f"{file}: num_hidden_layers is {config.num_hidden_layers}, "
+                             f"but there are only {len(index)} tensors")
         with torch.device("meta"):
             model = cls(config)
         model.inv_freq = rope_frequencies(config)  # the one tensor that is no parameter
@@ -363,7 +385,7 @@ class LLaMA(nn.Module):
         # a tied checkpoint may hold the output matrix twice; old ones hold rotary tables
         spare = {n for n in index.keys() - wanted.keys() if n != "lm_head.weight" and "rotary_emb" not in n}
         if spare:
-            raise ValueError(f"{index[min(spare)][0]}: tensor {min(spare)} is not part of this architecture")
+            raise ValueError(f"{index[min(spare)][0]}: tensor {min(spare)!r} is not part of this architecture")
         for name, p in list(model.named_parameters()):
             file = index[cls.disk_name(name)][0]
             owner, _, leaf = name.rpartition(".")
@@ -383,7 +405,7 @@ def read_json(file):
     """ValueError that names file and place, FileNotFoundError that names the file."""
     try:
         return json.loads(Path(file).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{file}: no such file") from None
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{file}: not valid JSON ({e})") from None
@@ -427,7 +449,7 @@ def tensor_index(path):
     if None not in files:
         for name, shard in weight_map.items():
             if name not in index:
-                raise ValueError(f"{files[shard]}: tensor {name} is not in it, though {table.name} says so")
+                raise ValueError(f"{files[shard]}: tensor {name!r} is not in it, though {table.name} says so")
     return index
 
 

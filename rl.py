@@ -1,0 +1,175 @@
+"""Active planning: GRPO in latent space, rewarded by the right answer and by coherence.
+
+Where this departs from the paper's released code:
+1. coherence compares numbers as numbers, a step that does not parse is incoherent and an empty plan scores 0
+   (there, an unparsable step matches everything and an empty plan scores 1: an invitation to hack the reward);
+2. gradients are averaged over processes (there, the RL step bypasses DDP and the processes drift apart);
+3. ratios are taken to the rollout's own log-probabilities, recorded while sampling: no second forward pass.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data import extract_answer, is_correct, numbers_equal, parse_number, parse_step, well_formed
+from model import KVCache
+from vae import gaussian_logp, last, stop_terms
+
+
+# --- rewards ---
+
+def coherence(steps, answer):
+    """Share of coherent steps of one plan, 0 to 1 (paper, section 3.3). steps: decoded texts; answer: text or None.
+
+    Step k is coherent when its result is an operand of some later step; the last one when its result is
+    the predicted answer. A step that does not parse is incoherent; no step at all scores 0."""
+    parsed = [parse_step(s) for s in steps]
+    answer = None if answer is None else parse_number(answer)
+    good = 0
+    for k, step in enumerate(parsed):
+        if step is None:
+            continue
+        if k + 1 == len(parsed):
+            wanted = [] if answer is None else [answer]
+        else:
+            wanted = [x for later in parsed[k + 1:] if later is not None for x in later[0]]
+        good += any(numbers_equal(step[1], x) for x in wanted)
+    return good / len(steps) if steps else 0.0
+
+
+@dataclass
+class Score:
+    """What became of each rollout: float tensors (B,)."""
+
+    reward: torch.Tensor
+    correct: torch.Tensor
+    well_formed: torch.Tensor
+    coherence: torch.Tensor
+
+
+def answer_texts(rollout, tokenizer, eos_id):
+    """Text of each row's answer without <eos>, and whether <eos> ended it."""
+    rows = [t[:n] for t, n in zip(rollout.tokens.tolist(), rollout.lengths.tolist())]
+    ended = [bool(r) and r[-1] == eos_id for r in rows]
+    return [tokenizer.decode(r[:-1] if e else r) for r, e in zip(rows, ended)], ended
+
+
+def plan_texts(model, rollout, tokenizer):
+    """Per row, what each latent step says in words."""
+    return [[tokenizer.decode(s).strip() for s in row] for row in model.decode_steps(rollout.z, rollout.steps)]
+
+
+def score(model, rollout, examples, tokenizer, w_acc=1.0, w_fmt=0.5, w_coh=0.1):
+    """Reward of each rollout (paper, equation of section 3.3): examples[b // group] is row b's question.
+
+    w_acc 0 is the coherence-only mode: the answer label is not used for the reward."""
+    texts, ended = answer_texts(rollout, tokenizer, model.config.eos_id)
+    examples = [e for e in examples for _ in range(rollout.group)]
+    correct = torch.tensor([float(is_correct(t, e)) for t, e in zip(texts, examples)])
+    form = torch.tensor([float(e and well_formed(t)) for t, e in zip(texts, ended)])
+    coherent = torch.zeros(len(texts))
+    if model.decoder is not None and (w_coh or not w_acc):
+        plans = plan_texts(model, rollout, tokenizer)
+        coherent = torch.tensor([coherence(p, extract_answer(t)) for p, t in zip(plans, texts)])
+    reward = w_acc * correct + w_fmt * form + w_coh * coherent * (correct if w_acc > 0 else 1)
+    return Score(reward, correct, form, coherent)
+
+
+def advantages(reward, group, std=True, eps=1e-4):
+    """(r - mean) / (std + eps) within each group of consecutive rows (B,); std=False leaves the division out."""
+    r = reward.view(-1, group)
+    a = r - r.mean(dim=1, keepdim=True)
+    if std:
+        a = a / (r.std(dim=1, keepdim=True, unbiased=False) + eps)
+    return a.flatten()
+
+
+# --- objective ---
+
+class LogProbs(nn.Module):
+    """forward(Rollout): its log-probabilities under the current weights, from one teacher-forced parallel pass over
+    question + sampled latents + answer. A module of its own, so that DDP can wrap the pass."""
+
+    def __init__(self, model, temperature=1.0):
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+
+    def forward(self, rollout):
+        """latent (B, N, c) or None, stop (B, N + 1) or None, token (B, A): as the Rollout's own, with gradients."""
+        policy, config = self.model.policy, self.model.config
+        B, N, c, _ = rollout.z.shape
+        cache = KVCache()
+        h0 = last(policy.hidden(rollout.prefix, cache=cache, valid=rollout.prefix_valid), rollout.prefix_valid)
+        h0 = h0.repeat_interleave(rollout.group, dim=0)
+        cache.expand(rollout.group)
+        steps, device = rollout.steps, rollout.z.device
+        used = torch.arange(N, device=device) < steps[:, None]
+        written = torch.arange(rollout.tokens.shape[1], device=device) < rollout.lengths[:, None]
+        embed = policy.embed_tokens
+        if config.latent:
+            ends = torch.full((B, 1), config.end_id, device=device)
+            text = embed(torch.cat((ends, rollout.tokens[:, :-1]), dim=1))
+            inputs = torch.cat((rollout.z.flatten(1, 2).to(text.dtype), text), dim=1)
+            h = policy.hidden(embeds=inputs, cache=cache, valid=torch.cat((used.repeat_interleave(c, 1), written), 1))
+            before, h = torch.cat((h0[:, None], h[:, :N * c]), dim=1)[:, :N * c], h[:, N * c:]
+        else:  # the first token is chosen at the end of the prefix
+            h = h0[:, None]
+            if rollout.tokens.shape[1] > 1:
+                more = policy.hidden(rollout.tokens[:, :-1], cache=cache, valid=written[:, 1:])
+                h = torch.cat((h, more), dim=1)
+        logp = F.log_softmax(policy.logits(h[written]).float() / self.temperature, dim=-1)
+        token = torch.zeros(written.shape, device=device, dtype=logp.dtype)
+        token = token.masked_scatter(written, logp.gather(1, rollout.tokens[written][:, None]).squeeze(1))
+        latent = stop = None
+        if rollout.latent_logp is not None:
+            mu, logvar = self.model.latent(before.unflatten(1, (N, c)))
+            latent = gaussian_logp(rollout.z, mu, logvar) * used[..., None]
+        if rollout.stop_logp is not None:
+            first = torch.cat((rollout.z[:, :, 0], torch.zeros_like(rollout.stop_z)[:, None]), dim=1)  # (B, N + 1, d)
+            here = (torch.arange(N + 1, device=device) == steps[:, None]) & rollout.stopped[:, None]
+            first = torch.where(here[..., None], rollout.stop_z[:, None], first)
+            logits = self.model.stop_head(first.to(embed.weight.dtype)).float()
+            stop = stop_terms(logits, steps, rollout.stopped)
+        return latent, stop, token
+
+
+def objective(new, rollout, advantage, total, clip=0.2, latent_coef=1.0, latent_mean=False):
+    """PPO-clipped loss (paper, section 3.3), this part's share of the mean over `total` rollouts, and statistics.
+
+    new: LogProbs(rollout); advantage (B,). Terms: each latent (its density, and at the first of a step log p(continue)) and the
+    stop; each answer token. Log-ratios are clamped to +-3. Masked mean per rollout over latent terms and over answer
+    terms separately, the two added. latent_mean: the density averaged, not summed, over the d dimensions;
+    latent_coef: weight of the latent terms (1 and False: the paper's)."""
+    latent, stop, token = new
+    steps, N, c = rollout.steps, rollout.z.shape[1], rollout.z.shape[2]
+    written = torch.arange(token.shape[1], device=token.device) < rollout.lengths[:, None]
+    sides = [(token - rollout.token_logp, written, 1.0)]
+    diffs, masks = [], []
+    used = torch.arange(N, device=token.device) < steps[:, None]
+    if latent is not None:
+        diff = latent - rollout.latent_logp
+        diff = diff / rollout.z.shape[-1] if latent_mean else diff
+        if stop is not None:  # log p(continue) belongs to the first latent of its step
+            diff = torch.cat((diff[..., :1] + ((stop - rollout.stop_logp)[:, :N] * used)[..., None], diff[..., 1:]), dim=-1)
+        diffs.append(diff.flatten(1))
+        masks.append(used.repeat_interleave(c, dim=1))
+    if stop is not None:
+        k = torch.arange(N + 1, device=token.device)
+        diffs.append(stop - rollout.stop_logp)
+        ends = (k == steps[:, None]) & rollout.stopped[:, None]
+        masks.append(ends if latent is not None else ends | (k < steps[:, None]))
+    if diffs:
+        sides.append((torch.cat(diffs, dim=1), torch.cat(masks, dim=1), latent_coef))
+    loss, ratios = 0.0, []
+    for diff, mask, coef in sides:
+        ratio = diff.clamp(-3, 3).exp()
+        a = advantage[:, None]
+        gain = torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a) * mask
+        loss = loss - coef * (gain.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum() / total
+        ratios.append(ratio.detach()[mask])
+    ratios = torch.cat(ratios)
+    stats = {"ratio_max": float(ratios.max()), "clip_frac": float(((ratios - 1).abs() > clip).float().mean())}
+    return loss, stats

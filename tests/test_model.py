@@ -1,0 +1,496 @@
+"""model.py against transformers' LLaMA, against its own plain uncached pass, and against finite differences."""
+
+import copy
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import model
+from model import KVCache, LLaMA, LLaMAConfig
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}  # at head_dim 20: frequencies kept, between and stretched
+SIZES = dict(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=6, max_position_embeddings=128, rms_norm_eps=1e-5)
+
+
+def reference(tied=True, rope=None, **sizes):
+    """A random transformers model, weights so large that attention is sharp and a wrong position shows."""
+    rope = {"rope_type": "default", **(rope or {}), "rope_theta": 500.0}
+    config = LlamaConfig(**{**SIZES, **sizes}, tie_word_embeddings=tied, rope_parameters=rope, initializer_range=0.3,
+                         bos_token_id=1, eos_token_id=2)
+    net = LlamaForCausalLM(config).eval()
+    for name, p in net.named_parameters():
+        if "norm" in name:  # ones would hide a norm left out of place
+            p.data.uniform_(0.5, 1.5)
+    return net
+
+
+def small(tied=True, rope=None, dtype=torch.float32, **sizes):
+    """A random model of ours with the same large weights."""
+    net = LLaMA(LLaMAConfig(**{**SIZES, **sizes}, rope_theta=500.0, rope_scaling=rope, tie_word_embeddings=tied))
+    for p in net.parameters():
+        p.data.normal_(1.0 if p.dim() == 1 else 0.0, 0.3)
+    return net.to(dtype)
+
+
+def random_tokens(*shape, vocab=61):
+    return torch.randint(vocab, shape)
+
+
+def edit(file, change):
+    """Rewrite a JSON file: `change` is a dict of keys to set, a value of ... deletes the key."""
+    raw = json.loads(Path(file).read_text())
+    for key, value in change.items():
+        raw.pop(key, None) if value is ... else raw.update({key: value})
+    Path(file).write_text(json.dumps(raw))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+# --- the same numbers as transformers ---
+
+@pytest.mark.parametrize("sizes", [
+    dict(num_key_value_heads=4), dict(), dict(tied=False), dict(num_key_value_heads=1, head_dim=20, rope=LLAMA3),
+    dict(tied=False, head_dim=20, rope=LLAMA3), dict(num_attention_heads=3, num_key_value_heads=1, head_dim=8)],
+    ids=["mha", "gqa", "untied", "mqa-llama3", "untied-llama3", "3heads"])
+@pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling"])
+@torch.no_grad()
+def test_reads_what_transformers_wrote(sizes, spelling, tmp_path):
+    net = reference(**sizes)
+    net.save_pretrained(tmp_path)
+    if spelling == "rope_scaling":  # as published checkpoints have it
+        edit(tmp_path / "config.json", {"rope_parameters": ..., "rope_theta": 500.0, "rope_scaling": sizes.get("rope")})
+    else:
+        assert "rope_parameters" in json.loads((tmp_path / "config.json").read_text())
+    ours, tokens = LLaMA.from_pretrained(tmp_path), random_tokens(2, 120)  # past the original context of 64
+    assert_close(ours.inv_freq, net.model.rotary_emb.inv_freq)
+    assert_close(ours(tokens), net(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shard", ["1GB", "8KB"])
+@torch.no_grad()
+def test_dtypes_and_shards(dtype, shard, tmp_path):
+    reference(tied=False, num_attention_heads=2).to(dtype).save_pretrained(tmp_path, max_shard_size=shard)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 2) == (shard == "8KB")
+    net = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    tokens = random_tokens(2, 30)
+    assert_close(LLaMA.from_pretrained(tmp_path)(tokens), net(tokens).logits, atol=1e-4, rtol=1e-4)
+    for want in (torch.bfloat16, torch.float64):
+        ours = LLaMA.from_pretrained(tmp_path, dtype=want)
+        assert {p.dtype for p in ours.parameters()} == {want}
+        assert_close(ours.embed_tokens.weight, net.model.embed_tokens.weight.to(want))
+        assert ours.inv_freq.dtype == torch.float32 and ours(tokens).dtype == want
+
+
+def test_rope_table_is_never_rounded():
+    net = small(rope=LLAMA3)
+    before = net.inv_freq.clone()
+    assert torch.equal(net.bfloat16().inv_freq, before)
+    assert torch.equal(copy.deepcopy(net).half().inv_freq, before)
+    assert not any("freq" in name for name in net.state_dict())
+
+
+@pytest.mark.skipif("SMOLLM2_DIR" not in os.environ, reason="SMOLLM2_DIR names no SmolLM2-135M checkpoint")
+@torch.no_grad()
+def test_smollm2():
+    path = os.environ["SMOLLM2_DIR"]
+    net, tokens = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32), random_tokens(2, 100, vocab=49152)
+    want, ours = net(tokens).logits, LLaMA.from_pretrained(path)
+    cache, half = KVCache(), 50
+    parts = [ours(tokens[:, :half], cache=cache), ours(tokens[:, half:-1], cache=cache), ours(tokens[:, -1:], cache=cache)]
+    for got in (ours(tokens), torch.cat(parts, dim=1)):
+        assert (got - want).abs().max() < 1e-4 * want.abs().max()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("rope", [None, LLAMA3])
+@torch.no_grad()
+def test_transformers_reads_what_we_wrote(tied, rope, tmp_path):
+    ours, tokens = small(tied, rope, head_dim=20), random_tokens(2, 120)
+    ours.save_pretrained(tmp_path)
+    assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) == (not tied)
+    net, info = LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert_close(net(tokens).logits, ours(tokens), atol=1e-4, rtol=1e-4)
+    again = LLaMA.from_pretrained(tmp_path)
+    assert again.config == ours.config
+    assert_close(again.state_dict(), ours.state_dict(), atol=0, rtol=0)
+    net.save_pretrained(tmp_path / "theirs")
+    assert_close(LLaMA.from_pretrained(tmp_path / "theirs")(tokens), ours(tokens), atol=0, rtol=0)
+
+
+def test_save_keeps_dtype(tmp_path):
+    small(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    assert {t.dtype for t in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_spare_tensors_of_old_checkpoints(tmp_path):
+    """A tied checkpoint may hold the output matrix twice, old ones hold rotary tables."""
+    net = small()
+    net.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({**load_file(file), "lm_head.weight": net.embed_tokens.weight.detach().clone(),
+               "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}, file)
+    assert_close(LLaMA.from_pretrained(tmp_path).state_dict(), net.state_dict())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("like", [None, 7])
+@torch.no_grad()
+def test_add_tokens(tied, like, tmp_path):
+    net, tokens = small(tied), random_tokens(2, 9)
+    before, old = net(tokens), copy.deepcopy(net)
+    net.add_tokens(64, like)
+    after = net(tokens)
+    assert_close(after[..., :61], before)
+    new = before.mean(dim=-1) if like is None else before[..., like]  # a mean row's logit is the mean logit
+    assert_close(after[..., 61:], new[..., None].expand(-1, -1, 3), atol=1e-4, rtol=1e-4)
+    row = old.embed_tokens.weight.mean(dim=0) if like is None else old.embed_tokens.weight[like]
+    assert_close(net.embed_tokens.weight[61:], row.expand(3, -1))
+    net.save_pretrained(tmp_path)
+    assert_close(LlamaForCausalLM.from_pretrained(tmp_path)(tokens).logits, after, atol=1e-4, rtol=1e-4)
+
+
+# --- ways of calling it ---
+
+def test_embeddings_and_positions():
+    net, tokens = small(tied=False), random_tokens(3, 11)
+    full, at = net(tokens), torch.rand(3, 11) < 0.4
+    assert torch.equal(net(embeds=net.embed_tokens(tokens)), full)
+    assert_close(net(tokens, at=at), full[at])
+    assert net(tokens, at=torch.zeros_like(at)).shape == (0, 61)
+
+
+def gradients(net, loss):
+    """Gradients of every parameter; one that the loss does not reach counts as zero."""
+    grads = torch.autograd.grad(loss, list(net.parameters()), allow_unused=True, materialize_grads=True)
+    return dict(zip(dict(net.named_parameters()), grads))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_activation_checkpointing(cached):
+    net, tokens = small(), random_tokens(2, 12)
+
+    def run():
+        calls = []
+        hooks = [layer.register_forward_pre_hook(lambda *_: calls.append(1)) for layer in net.layers]
+        if cached:
+            cache = KVCache()
+            logits = torch.cat([net(part, cache=cache) for part in tokens.split((7, 1, 4), dim=1)], dim=1)
+        else:
+            logits = net(tokens)
+        loss = logits.logsumexp(dim=-1).square().mean()
+        grads = gradients(net, loss)
+        for hook in hooks:
+            hook.remove()
+        return loss, grads, len(calls)
+
+    loss, grads, calls = run()
+    net.activation_checkpointing = True
+    loss_again, grads_again, calls_again = run()
+    assert calls_again == 2 * calls  # it did compute the layers again
+    assert_close((loss_again, grads_again), (loss, grads))
+
+
+# --- the cache: whatever the split, padding and grouping, the result is that of plain uncached passes ---
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.data())
+def test_cache_equals_uncached(data):
+    draw = lambda low, high: data.draw(st.integers(low, high))
+    torch.manual_seed(draw(0, 2**31))
+    kv, repeat, questions, group = draw(1, 2), draw(1, 3), draw(1, 3), draw(1, 3)
+    prefix_length, tail_length = draw(1, 6), draw(1, 7)
+    net = small(data.draw(st.booleans()), data.draw(st.sampled_from([None, LLAMA3])), torch.float64, hidden_size=12,
+                num_hidden_layers=2, intermediate_size=10, num_attention_heads=kv * repeat, num_key_value_heads=kv)
+    lengths = torch.randint(1, prefix_length + 1, (questions,))
+    prefix, tail = random_tokens(questions, prefix_length), random_tokens(questions * group, tail_length)
+    real = torch.arange(prefix_length) < lengths[:, None]
+    valid = torch.rand(questions * group, tail_length) < data.draw(st.sampled_from([0.5, 0.8, 1.0]))
+
+    cache = KVCache()
+    prefix_logits = net(prefix, cache=cache, valid=real if data.draw(st.booleans()) or not real.all() else None)
+    cache.expand(group)
+    parts, start = [], 0
+    while start < tail_length:
+        stop = draw(start + 1, tail_length)
+        mask = valid[:, start:stop]
+        parts.append(net(tail[:, start:stop], cache=cache, valid=None if mask.all() else mask))
+        start = stop
+    tail_logits = torch.cat(parts, dim=1)
+    assert torch.equal(cache.next_position, lengths.repeat_interleave(group) + valid.sum(dim=1))
+
+    weight_prefix, weight_tail = torch.randn_like(prefix_logits), torch.randn_like(tail_logits)
+    loss = (prefix_logits * weight_prefix)[real].sum() + (tail_logits * weight_tail)[valid].sum()
+    plain_loss = 0
+    for b in range(questions * group):
+        q, n = b // group, lengths[b // group]
+        plain = net(torch.cat((prefix[q, :n], tail[b, valid[b]]))[None])[0]
+        assert_close(prefix_logits[q, :n], plain[:n], atol=1e-9, rtol=1e-7)
+        assert_close(tail_logits[b, valid[b]], plain[n:], atol=1e-9, rtol=1e-7)
+        plain_loss = plain_loss + (plain[n:] * weight_tail[b, valid[b]]).sum()
+        if b % group == 0:  # the prefix is one computation for its whole group
+            plain_loss = plain_loss + (plain[:n] * weight_prefix[q, :n]).sum()
+    assert_close(gradients(net, loss), gradients(net, plain_loss), atol=1e-8, rtol=1e-6)
+
+
+def test_invalid_columns_leak_nothing():
+    """Not even by gradient: what stands in padding or in an invalid column may be anything."""
+    net = small()
+    prefix, tail = torch.randn(2, 5, 24, requires_grad=True), torch.randn(4, 3, 24, requires_grad=True)
+    real = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
+    valid = torch.tensor([[1, 0, 1], [0, 0, 1], [1, 1, 1], [0, 1, 1]]).bool()
+    cache = KVCache()
+    out = net(embeds=prefix, cache=cache, valid=real)[real].sum()
+    cache.expand(2)
+    for t in range(3):
+        out = out + net(embeds=tail[:, t:t + 1], cache=cache, valid=valid[:, t:t + 1], at=valid[:, t:t + 1]).square().sum()
+    for x, mask in zip(torch.autograd.grad(out, (prefix, tail)), (real, valid)):
+        assert x[~mask].eq(0).all() and x[mask].ne(0).any(dim=-1).all() and x.isfinite().all()
+
+
+class Chain(torch.nn.Module):
+    """Latent reasoning in small: hidden states fed back as input embeddings, over a cache or over and over."""
+
+    def __init__(self, net, cached):
+        super().__init__()
+        self.net, self.cached = net, cached
+
+    def forward(self, embeds, steps=3):
+        cache, x = KVCache() if self.cached else None, embeds
+        h = self.net.hidden(embeds=embeds, cache=cache)[:, -1:]
+        for _ in range(steps):
+            x = torch.cat((x, h), dim=1)
+            h = self.net.hidden(embeds=h if self.cached else x, cache=cache)[:, -1:]
+        return self.net.logits(h)
+
+
+def test_gradients_of_a_latent_chain():
+    net = small(dtype=torch.float64, vocab_size=5, hidden_size=4, intermediate_size=3, num_hidden_layers=2,
+                num_attention_heads=2, num_key_value_heads=1, head_dim=2)
+    chain, plain, embeds = Chain(net, True), Chain(net, False), torch.randn(2, 2, 4, dtype=torch.float64)
+    weight = torch.randn(2, 1, 5, dtype=torch.float64)
+    assert_close(chain(embeds), plain(embeds), atol=1e-10, rtol=1e-9)
+    assert_close(gradients(net, (chain(embeds) * weight).sum()), gradients(net, (plain(embeds) * weight).sum()))
+    names, values = zip(*((n, p.detach().clone().requires_grad_()) for n, p in chain.named_parameters()))
+    f = lambda x, *p: torch.func.functional_call(chain, dict(zip(names, p)), (x,))
+    assert torch.autograd.gradcheck(f, (embeds.requires_grad_(), *values), fast_mode=True)
+
+
+def test_bfloat16_cache():
+    """Cached and plain passes differ only by rounding: neither is further from float32 than bfloat16 warrants."""
+    net, tokens, cache = small(), random_tokens(2, 40), KVCache()
+    want, low = net(tokens), copy.deepcopy(net).bfloat16()
+    got = torch.cat([low(part, cache=cache) for part in tokens.split((30, 1, 9), dim=1)], dim=1)
+    error, plain_error = (got - want).abs().mean(), (low(tokens) - want).abs().mean()
+    assert error < 1.5 * plain_error and plain_error < 0.1 * want.abs().mean()
+
+
+# --- what is refused, and how: an error of one line that names file and key, nothing read or built ---
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "whole"
+    torch.manual_seed(0)
+    net = reference(tied=False)
+    net.save_pretrained(path)
+    net.save_pretrained(path.with_name("shards"), max_shard_size="8KB")
+    return path.parent
+
+
+@pytest.fixture
+def whole(pristine, tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "read_tensor", lambda *_: pytest.fail("read before everything was checked"))
+    return Path(shutil.copytree(pristine / "whole", tmp_path / "whole"))
+
+
+@pytest.fixture
+def shards(pristine, tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "read_tensor", lambda *_: pytest.fail("read before everything was checked"))
+    return Path(shutil.copytree(pristine / "shards", tmp_path / "shards"))
+
+
+def refused(path, *words, error=ValueError):
+    start = time.monotonic()
+    with pytest.raises(error) as caught:
+        LLaMA.from_pretrained(path)
+    assert type(caught.value) is error
+    message = str(caught.value)
+    assert message.isprintable(), message  # so: one line
+    for word in (str(path), *words):
+        assert str(word) in message, message
+    assert time.monotonic() - start < 2
+
+
+SIZE_KEYS = [k for k in SIZES if k != "rms_norm_eps"]
+ROPE = {"rope_theta": 500.0, "rope_type": "default"}
+
+
+@pytest.mark.parametrize("change, word", [
+    ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"), ({"hidden_act": "gelu"}, "hidden_act"),
+    ({"hidden_act": None}, "hidden_act"), ({"model_type": "mistral"}, "mistral"), ({"model_type": ...}, "model_type"),
+    ({"model_type": None}, "model_type"), ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+    *[({"rope_parameters": {**ROPE, "rope_type": kind, "factor": 2.0}}, kind) for kind in ("yarn", "linear", "dynamic")],
+    *[({"rope_parameters": ..., "rope_scaling": {"type": kind, "factor": 2.0}}, kind) for kind in ("yarn", "linear")],
+    ({"rope_parameters": ..., "rope_scaling": "llama3"}, "rope_scaling"), ({"rope_parameters": "llama3"}, "rope_parameters"),
+    ({"rope_parameters": [1]}, "rope_parameters"), ({"rope_parameters": {**ROPE, "rope_type": ["llama3"]}}, "rope_type"),
+    ({"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    *[({"rope_parameters": {k: v for k, v in {**ROPE, **LLAMA3}.items() if k != key}}, key)
+      for key in LLAMA3 if key != "rope_type"],
+    *[({"rope_parameters": {**ROPE, **LLAMA3, "factor": value}}, "factor") for value in ("8", None, True, 0, -1, math.inf)],
+    ({"rope_parameters": {**ROPE, **LLAMA3, "low_freq_factor": 4.0}}, "low_freq_factor"),
+    *[({"rope_parameters": {"rope_theta": value}}, "rope_theta") for value in ("1e4", None, True, 0, -1.0, [1], 10**400)],
+    *[({key: value}, key) for key in SIZE_KEYS for value in ("64", True, 24.0, 0, -24, [24], 2**40, 10**9, 10**400)],
+    *[({key: None}, key) for key in SIZE_KEYS if key not in ("head_dim", "num_key_value_heads")],
+    *[({key: ...}, key) for key in SIZE_KEYS[:5]],
+    *[({"rms_norm_eps": value}, "rms_norm_eps") for value in ("1e-5", None, True, 0, math.nan, 10**400)],
+    *[({"tie_word_embeddings": value}, "tie_word_embeddings") for value in ("false", None, 0, [])],
+    *[({"eos_token_id": value}, "eos_token_id") for value in ("2", True, 2.0, [2, "3"], {})],
+    ({"bos_token_id": "1"}, "bos_token_id"), ({"bos_token_id": [1]}, "bos_token_id"),
+    ({"num_key_value_heads": 3}, "num_key_value_heads"), ({"head_dim": 5}, "head_dim"),
+    ({"head_dim": None, "num_attention_heads": 5}, "num_attention_heads"),
+    ({"num_hidden_layers": 2**24}, "num_hidden_layers"), ({"head_dim": 2**24}, "head_dim"),
+    ({"num_attention_heads": 2**24, "num_key_value_heads": 2**24}, "num_attention_heads"),
+], ids=str)
+def test_refused_config(whole, change, word):
+    edit(whole / "config.json", change)
+    refused(whole, "config.json", word)
+
+
+@pytest.mark.parametrize("change, word", [
+    ({"vocab_size": 2**24}, "embed_tokens"), ({"hidden_size": 2**24}, "embed_tokens"),
+    ({"intermediate_size": 2**24}, "mlp"), ({"intermediate_size": 41}, "mlp"),
+    ({"num_hidden_layers": 4}, "model.layers.3."), ({"num_hidden_layers": 2}, "model.layers.2."),
+    ({"num_key_value_heads": None}, "k_proj"), ({"num_key_value_heads": 4}, "k_proj"), ({"head_dim": 8}, "q_proj")], ids=str)
+def test_refused_config_for_other_weights(whole, change, word):
+    edit(whole / "config.json", change)
+    refused(whole, word)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'"llama"', b"null", b"\xff\xfe", b"[" * 10**5, b'{"a": ' + b"1" * 5000 + b"}"],
+                         ids=lambda b: repr(b[:8]))
+def test_refused_config_text(whole, content):
+    (whole / "config.json").write_bytes(content)
+    refused(whole, "config.json")
+
+
+def test_refused_paths(whole):
+    refused(whole / "config.json", "config.json", error=FileNotFoundError)
+    refused(whole / "nowhere", "config.json", error=FileNotFoundError)
+    (whole / "model.safetensors").unlink()
+    refused(whole, "model.safetensors", error=FileNotFoundError)
+
+
+@pytest.mark.parametrize("name, tensor", [
+    ("model.norm.weight", None), ("lm_head.weight", None), ("model.layers.1.mlp.up_proj.weight", None),
+    ("model.layers.0.self_attn.q_proj.bias", torch.zeros(24)), ("model.layers.7.mlp.up_proj.weight", torch.zeros(40, 24)),
+    ("a\nb", torch.zeros(1)), ("model.norm.weight", torch.ones(23)), ("model.norm.weight", torch.ones(24, 1)),
+    ("model.norm.weight", torch.tensor(1.0)), ("model.norm.weight", torch.ones(24, dtype=torch.int64)),
+    ("model.norm.weight", torch.ones(24).to(torch.float8_e4m3fn)), ("model.norm.weight", torch.ones(24).bool())])
+def test_refused_tensor(whole, name, tensor):
+    file = whole / "model.safetensors"
+    tensors = load_file(file)
+    tensors.pop(name, None)
+    save_file(tensors | ({} if tensor is None else {name: tensor}), file)
+    refused(whole, repr(name)[1:-1])
+
+
+@pytest.mark.parametrize("damage", [
+    lambda b: b"", lambda b: b[:4], lambda b: b[:100], lambda b: b[:-1], lambda b: b + b"\0", lambda b: b"\xff" * len(b),
+    lambda b: (2**62).to_bytes(8, "little") + b[8:], lambda b: b[:8] + b"\xff" * 40 + b[48:],
+    lambda b: (2).to_bytes(8, "little") + b"[]", lambda b: b.replace(b'"F32"', b'"X32"', 1)])
+def test_refused_safetensors(whole, damage):
+    file = whole / "model.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    refused(whole, "model.safetensors")
+
+
+def test_refused_whole_file_is_a_directory(whole):
+    (whole / "model.safetensors").unlink()
+    (whole / "model.safetensors").mkdir()
+    refused(whole, "model.safetensors")
+
+
+@pytest.mark.parametrize("shard", ["../x.safetensors", "sub/x.safetensors", "..", ".", "", "a\0b", "..\\x", 3, None, ["x"], "ABSOLUTE"])
+def test_refused_shard_name(shards, shard):
+    table = shards / "model.safetensors.index.json"
+    weight_map = json.loads(table.read_text())["weight_map"]
+    outside = shards.parent / "x.safetensors"  # it exists and would do, were it not outside
+    shutil.copy(shards / weight_map["model.norm.weight"], outside)
+    edit(table, {"weight_map": {**weight_map, "model.norm.weight": str(outside) if shard == "ABSOLUTE" else shard}})
+    refused(shards, table.name)
+
+
+@pytest.mark.parametrize("change", [{"weight_map": ...}, {"weight_map": []}, {"weight_map": None}])
+def test_refused_weight_map(shards, change):
+    table = shards / "model.safetensors.index.json"
+    edit(table, change)
+    refused(shards, table.name, "weight_map")
+    for text in ("[]", "{", "3"):
+        table.write_text(text)
+        refused(shards, table.name)
+
+
+def test_refused_shards(shards):
+    table = shards / "model.safetensors.index.json"
+    weight_map = json.loads(table.read_text())["weight_map"]
+    name, shard = next(iter(weight_map.items()))
+    other = next(s for s in weight_map.values() if s != shard)
+    edit(table, {"weight_map": {**weight_map, name: other}})
+    refused(shards, other, name)
+    edit(table, {"weight_map": {**weight_map, "a\nb": other}})
+    refused(shards, other, "a\\nb")
+    edit(table, {"weight_map": {k: v for k, v in weight_map.items() if k != name}})
+    refused(shards, name)
+    edit(table, {"weight_map": weight_map})
+    (shards / shard).unlink()
+    refused(shards, shard, error=FileNotFoundError)
+
+
+MEMORY = """
+import sys, torch
+from model import LLaMA
+status = lambda key: next(int(l.split()[1]) / 1024 for l in open("/proc/self/status") if l.startswith(key))
+for dtype in (torch.bfloat16, torch.float32):
+    before = status("VmRSS:")
+    net = LLaMA.from_pretrained(sys.argv[1], dtype=dtype)
+    size = sum(p.numel() * p.element_size() for p in net.parameters()) / 2**20
+    print(size, status("VmHWM:") - before)
+    del net
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_loading_holds_no_second_copy(tmp_path):
+    """Peak growth in a fresh process (VmHWM: ru_maxrss would start from this process's own peak)."""
+    config = LLaMAConfig(64000, 1024, 2048, 4, 16, 16, 64)
+    with torch.device("meta"):
+        net = LLaMA(config)
+    values = {n: torch.rand(p.shape, dtype=torch.bfloat16) for n, p in net.named_parameters()}
+    model.save_tensors({LLaMA.disk_name(n): p for n, p in values.items()}, tmp_path / "model.safetensors")
+    model.write_json(tmp_path / "config.json", config.to_dict())
+    done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], capture_output=True, text=True, check=True,
+                          cwd=Path(model.__file__).parent)
+    for line in done.stdout.splitlines():
+        size, growth = map(float, line.split())
+        assert size > 150 and growth < 1.25 * size + 40, done.stdout
+    assert len(done.stdout.splitlines()) == 2

@@ -1,0 +1,196 @@
+"""The latent reasoner against naive oracles (tests/naive.py), torch.distributions and finite differences."""
+
+import math
+
+import naive
+import pytest
+import torch
+from vae import LatentReasoner, Noise, collate, gaussian_kl, gaussian_logp, generate
+
+METHODS = ("atp", "simcot", "coconut", "cot", "nocot")
+
+
+def draw(model, rows, max_tokens=16, seed=1):
+    return Noise.draw(rows, model.config, model.policy.config.hidden_size, max_tokens, torch.Generator().manual_seed(seed))
+
+
+def compare(model, questions, group, noise, max_tokens=6, temperature=1.0):
+    """The batched rollout equals one naive rollout a row. Returns how many steps each row took."""
+    with torch.no_grad():
+        out = model.rollout(questions, group, noise, max_tokens, temperature)
+        for b in range(len(questions) * group):
+            plan, tokens, latent_logp, stop_logp, token_logp = naive.rollout(
+                model, questions[b // group], noise, b, max_tokens, temperature)
+            n = len(plan)
+            assert int(out.steps[b]) == n
+            if n:
+                torch.testing.assert_close(out.z[b, :n], torch.stack(plan), atol=1e-4, rtol=1e-3)
+            assert out.tokens[b, :out.lengths[b]].tolist() == tokens
+            torch.testing.assert_close(out.token_logp[b, :len(tokens)], torch.tensor(token_logp), atol=2e-4, rtol=1e-4)
+            if out.latent_logp is not None and n:
+                torch.testing.assert_close(out.latent_logp[b, :n], torch.tensor(latent_logp), atol=2e-3, rtol=1e-4)
+            if out.stop_logp is not None:
+                want = torch.tensor(stop_logp)
+                torch.testing.assert_close(out.stop_logp[b, :len(want)], want, atol=2e-4, rtol=1e-4)
+                assert out.stop_logp[b, len(want):].abs().sum() == 0
+            assert bool(out.stopped[b]) == (model.config.stop and n < model.config.max_steps)
+    return out.steps
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("sampled", (False, True))
+def test_rollout_equals_naive(method, sampled):
+    questions = [e.question for e in naive.examples(5)]
+    for seed in range(3):
+        model = naive.tiny(method, seed=seed)
+        compare(model, questions, 3 if sampled else 1, draw(model, 15) if sampled else None)
+
+
+def test_rollout_rows_stop_at_different_steps():
+    model = naive.tiny(K=4, seed=3)
+    steps = compare(model, [e.question for e in naive.examples(8)], 4, draw(model, 32), temperature=0.7)
+    assert set(steps.tolist()) >= {0, 1, 2, 4}, "the case is only worth something when the rows differ"
+
+
+def test_rollout_does_not_depend_on_the_batch():
+    model = naive.tiny(seed=3)
+    questions, noise = [e.question for e in naive.examples(6)], draw(model, 24)
+    whole = model.rollout(questions, 4, noise)
+    part = model.rollout(questions[2:4], 4, noise[torch.arange(8, 16)])
+    rows = slice(8, 16)
+    assert whole.steps[rows].equal(part.steps)
+    assert [t[:n] for t, n in zip(whole.tokens[rows].tolist(), whole.lengths[rows].tolist())] == [
+        t[:n] for t, n in zip(part.tokens.tolist(), part.lengths.tolist())]
+    # and shape follows from rows(): whole groups, or equal parts of each
+    cut = whole.rows(torch.arange(8, 16))
+    assert cut.prefix.equal(whole.prefix[2:4]) and cut.group == 4
+    cut = whole.rows(torch.tensor([0, 1, 4, 5, 8, 9]))
+    assert cut.prefix.equal(whole.prefix[:3]) and cut.group == 2
+
+
+def test_sampling_follows_the_distribution():
+    """20,000 uniform draws give token frequencies equal to the softmax within five standard errors."""
+    model, n = naive.tiny("nocot", scale=0.15), 20_000
+    out = model.rollout([[1, 2, 3]], n, draw(model, n, 1), max_tokens=1)
+    p = model(torch.tensor([[1, 2, 3]]))[0, -1].softmax(0).detach()
+    freq = torch.bincount(out.tokens[:, 0], minlength=len(p)) / n
+    assert ((freq - p).abs() < 5 * (p * (1 - p) / n).sqrt() + 1e-4).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("stage", (0, 1, 2, 3))
+def test_losses_equal_naive(method, stage):
+    model, rows = naive.tiny(method, dtype=torch.float64), naive.examples(6)
+    noise = torch.randn(6, 3, 2, 16, dtype=torch.float64)
+    got = model(collate(rows, model.config, stage, noise))
+    want, tokens = {}, 0
+    for e, eps in zip(rows, noise):
+        losses, n = naive.sft_losses(model, e, stage, eps)
+        tokens += n
+        for k, v in losses.items():
+            want[k] = want.get(k, 0) + (v if k == "answer" else v / len(rows))
+    want["answer"] = want["answer"] / tokens
+    assert got.keys() == want.keys()
+    for k in want:
+        torch.testing.assert_close(got[k].double(), want[k], atol=1e-6, rtol=1e-6, msg=lambda m: f"{k}: {m}")
+
+
+@pytest.mark.parametrize("parts", ({"vae": False}, {"stop": False}, {"decode": False}))
+def test_ablations_equal_naive(parts):
+    model, rows = naive.tiny(dtype=torch.float64, **parts), naive.examples(5)
+    noise = torch.randn(5, 3, 2, 16, dtype=torch.float64)
+    got = model(collate(rows, model.config, 3, noise))
+    for k in ("stop", "kl", "decode"):
+        want = [naive.sft_losses(model, e, 3, eps)[0].get(k) for e, eps in zip(rows, noise)]
+        assert (k in got) == (want[0] is not None)
+        if k in got:
+            torch.testing.assert_close(got[k].double(), sum(want) / 5, atol=1e-6, rtol=1e-6)
+
+
+def test_micro_batches_add_up():
+    model, rows = naive.tiny(dtype=torch.float64), naive.examples(7)
+    noise = torch.randn(7, 3, 2, 16, dtype=torch.float64)
+    whole = model(collate(rows, model.config, 2, noise))
+    tokens = round(1 / collate(rows, model.config, 2).token_weight)
+    parts = [model(collate(rows[i:j], model.config, 2, noise[i:j], 7, tokens)) for i, j in ((0, 2), (2, 3), (3, 7))]
+    for k in whole:
+        torch.testing.assert_close(sum(p[k] for p in parts), whole[k])
+
+
+@pytest.mark.parametrize("method", ("atp", "simcot"))
+def test_gradient_through_the_chain_of_latents(method):
+    """Finite differences of the whole loss, over every parameter, in fp64."""
+    model, rows = naive.tiny(method, d=8, dtype=torch.float64), naive.examples(2, steps=(2, 3))
+    noise = torch.randn(2, 3, 2, 8, dtype=torch.float64)
+    batch = collate(rows, model.config, 3, noise)
+    # cross-entropies are taken in fp32 on purpose; here in fp64, for the differences
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", lambda x: x)
+        loss = lambda: sum(model(batch).values())
+        loss().backward()
+        g = torch.Generator().manual_seed(0)
+        for name, p in model.named_parameters():
+            if p.grad is None:
+                continue
+            direction = torch.randn(p.shape, generator=g, dtype=p.dtype)
+            with torch.no_grad():
+                p += 1e-6 * direction
+                up = loss()
+                p -= 2e-6 * direction
+                down = loss()
+                p += 1e-6 * direction
+            want = float((p.grad * direction).sum())
+            assert math.isclose(float(up - down) / 2e-6, want, rel_tol=1e-5, abs_tol=1e-6), name
+
+
+def test_gaussians_equal_torch_distributions():
+    z, mu, logvar = torch.randn(3, 4, 5, 6, dtype=torch.float64).unbind(0)
+    normal = torch.distributions.Normal(mu, (logvar / 2).exp())
+    torch.testing.assert_close(gaussian_logp(z, mu, logvar), normal.log_prob(z).sum(-1))
+    kl = torch.distributions.kl_divergence(normal, torch.distributions.Normal(torch.zeros_like(mu), torch.ones_like(mu)))
+    torch.testing.assert_close(gaussian_kl(mu, logvar), kl.mean(-1))
+
+
+def test_decode_steps_equals_one_at_a_time():
+    model = naive.tiny()
+    z, steps = torch.randn(4, 3, 2, 16), torch.tensor([3, 0, 1, 2])
+    got = model.decode_steps(z, steps, max_tokens=5, rows=4)
+    assert [len(r) for r in got] == steps.tolist()
+    with torch.no_grad():
+        for b, row in enumerate(got):
+            for k, text in enumerate(row):
+                inputs, want = list(z[b, k]), []
+                for _ in range(5):
+                    token = int(model.decoder.logits(naive.read(model.decoder, inputs)).argmax())
+                    if token == naive.EOS:
+                        break
+                    want.append(token)
+                    inputs += naive.embed(model.decoder, [token])
+                assert text == want
+
+
+def test_generation_ends_at_eos():
+    model = naive.tiny("nocot")
+    with torch.no_grad():
+        model.policy.embed_tokens.weight[naive.EOS] = 3 * model.policy.hidden(torch.tensor([[1, 2]]))[0, -1]
+    out = model.rollout([[1, 2]], max_tokens=16)
+    assert out.tokens.tolist() == [[naive.EOS]] and out.lengths.tolist() == [1]
+
+
+def test_decoder_reaches_policy_and_heads():
+    """L_decode alone moves policy, latent head and decoder, not the stop head."""
+    model = naive.tiny()
+    model(collate(naive.examples(3), model.config, 3, torch.randn(3, 3, 2, 16)))["decode"].backward()
+    moved = {n.split(".")[0] for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert moved == {"policy", "latent_head", "decoder"}
+
+
+def test_checkpoint_round_trip(tmp_path):
+    model = naive.tiny()
+    model.decoder.load_state_dict({k: v + 1 for k, v in model.decoder.state_dict().items()})
+    model.save_pretrained(tmp_path)
+    again = LatentReasoner.from_pretrained(tmp_path)
+    assert again.config == model.config
+    ours = model.state_dict()
+    assert ours.keys() == again.state_dict().keys()
+    assert all(v.equal(ours[k]) for k, v in again.state_dict().items())

@@ -1,0 +1,629 @@
+"""Train ATP-Latent and its baselines.
+
+    python train.py                                        small model, built-in task, from nothing, on a CPU:
+                                                           stages vae, rl, evaluation, and answer-only to compare
+    python train.py --stage vae --init DIR --data gsm8k    one stage, from a Hugging Face LLaMA
+    torchrun --nproc_per_node=8 train.py --stage vae ...   the same numbers, faster
+    python train.py --stage rl                             from the checkpoint that vae left in out/vae
+
+Read in order: settings, set-up, checkpoints, supervised stage, reinforcement learning, main.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
+
+from data import BUILTIN, TEST_SETS, Tokenizer, builtin_tokenizer, encode_all, load
+from eval import Parser, evaluate, find_checkpoint, mean_figures, run_main, table
+from model import LLaMA, LLaMAConfig, read_json, save_tensors, write_json
+from rl import LogProbs, advantages, objective, score
+from vae import END, METHODS, START, LatentConfig, LatentReasoner, Noise, collate, target_tokens
+
+
+# --- settings ---
+
+@dataclass
+class Config:
+    stage: str = "all"  # all (vae, rl, evaluation), cot, vae, or rl
+    method: str = "atp"  # atp, simcot, coconut, cot, nocot: parts switched off (README)
+    init: str = ""  # Hugging Face LLaMA directory, or a checkpoint or run folder of ours ("": from nothing; rl: out/vae)
+    data: str = "builtin"  # builtin, gsm8k, gsm8k_aug, or a file in one of their formats
+    data_dir: str = "data"  # where `python data.py` puts the published files
+    out_dir: str = "out"  # runs go to out_dir/vae, out_dir/rl, ...
+    resume: bool = False  # go on from the newest checkpoint of the same run
+    seed: int = 0  # of weights, data order and samples
+    # model from nothing (--init "")
+    hidden_size: int = 96  # d
+    layers: int = 4  # transformer blocks
+    heads: int = 4  # attention heads
+    intermediate_size: int = 256  # width of the SwiGLU
+    context: int = 256  # longest sequence; longer examples are left out, and counted
+    # latent reasoning
+    thoughts_per_step: int = 1  # c: latents a reasoning step
+    max_steps: int = 6  # K: most latent steps
+    vae: str = "auto"  # sample latents, with a KL term: auto (as the method says), yes, no
+    stop: str = "auto"  # stop head: auto, yes, no
+    decode: str = "auto"  # decoder and its loss: auto, yes, no
+    # supervised stage
+    batch_size: int = 64  # examples an optimizer step, over all processes
+    micro_batch: int = 32  # most examples a process takes through the model at once
+    cot_epochs: float = 1.4  # stage 0: text chain of thought (warm start)
+    epochs_per_stage: float = 0.1  # each further stage makes one more step latent
+    final_epochs: float = 2.0  # further epochs with all steps latent
+    max_iters: int = 0  # scale the whole curriculum (rl: cut) to so many optimizer steps (0: as the epochs say)
+    cot_lr: float = 3e-3  # peak learning rate of stage 0
+    lr: float = 1.5e-3  # peak learning rate of the latent stages
+    min_lr: float = 0.02  # the cosine ends at this share of the peak
+    warmup: int = 50  # steps of linear warm-up of each new optimizer
+    weight_decay: float = 0.01  # AdamW, not on norms and biases
+    beta2: float = 0.98  # AdamW
+    clip: float = 1.0  # gradient norm
+    beta_kl: float = 1e-3  # weight of the KL term
+    # reinforcement learning
+    rl_lr: float = 2e-5  # learning rate
+    rl_warmup: int = 10  # steps of linear warm-up
+    rl_iters: int = 100  # batches of questions
+    questions_per_step: int = 32  # over all processes
+    group: int = 8  # rollouts a question
+    minibatch: int = 256  # rollouts an optimizer step, over all processes
+    w_acc: float = 1.0  # reward of a right answer (0: coherence-only mode, no answer label is used)
+    w_fmt: float = 0.5  # reward of a well-formed answer
+    w_coh: float = 0.1  # reward of coherence
+    ratio_clip: float = 0.2  # PPO
+    std_norm: bool = True  # divide advantages by the group's standard deviation
+    latent_coef: float = 1.0  # weight of the latents' policy-gradient terms (paper: 1)
+    latent_mean: bool = False  # latent log-density averaged, not summed, over d (paper: summed)
+    temperature: float = 1.0  # of answer tokens in rollouts
+    max_answer: int = 16  # most answer tokens of a rollout
+    # running
+    eval_every: int = 250  # optimizer steps between validations (0: only at the end)
+    eval_size: int = 256  # validation questions
+    log_every: int = 10  # steps between lines of metrics.jsonl
+    save_every: int = 500  # steps between checkpoints
+    keep: int = 2  # checkpoints kept
+    device: str = "auto"  # auto, cpu, cuda
+    dtype: str = "auto"  # autocast: auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16
+    compile: str = "auto"  # torch.compile of the blocks: auto (on a GPU), yes, no
+    activation_checkpointing: bool = False  # recompute activations in backward: less memory, a third more time
+    threads: int = 0  # CPU threads (0: torch's choice)
+
+
+# The other set of defaults: the paper's recipe, where --init is a pretrained LLaMA (paper, sections 4 and 5)
+PRETRAINED = dict(
+    data="gsm8k_aug", context=512, thoughts_per_step=2, max_steps=10, batch_size=256, micro_batch=32, cot_epochs=0.0,
+    epochs_per_stage=2.0, final_epochs=5.0, cot_lr=1e-4, lr=1e-4, min_lr=0.1, warmup=100, beta2=0.999, rl_lr=1e-6,
+    rl_iters=0, questions_per_step=16, minibatch=16, eval_every=1000, save_every=1000)
+
+CHOICES = {"stage": ("all", "cot", "vae", "rl"), "method": tuple(METHODS), "device": ("auto", "cpu", "cuda"),
+           "dtype": ("auto", "float32", "bfloat16"),
+           **{k: ("auto", "yes", "no") for k in ("vae", "stop", "decode", "compile")}}
+# settings that belong to the run and not to the model: never taken from the checkpoint that --init names
+OWN = ("stage", "init", "out_dir", "resume", "seed", "device", "dtype", "compile", "threads", "max_iters")
+
+
+def comments():
+    """The comment behind each field of Config: the text of --help."""
+    source = Path(__file__).read_text(encoding="utf-8")
+    return dict(re.findall(r"^    (\w+): \w+ = [^#\n]*  # (.+)$", source, re.M))
+
+
+def parse(argv):
+    """The flags that were given, as a dict. One flag a field of Config."""
+    p = Parser(description=__doc__.split("\n\nRead")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
+    help_text = comments()
+
+    def boolean(text):
+        if text.lower() not in ("true", "false", "yes", "no", "1", "0"):
+            raise ValueError
+        return text.lower() in ("true", "yes", "1")
+
+    for f in dataclasses.fields(Config):
+        note = f" (pretrained: {PRETRAINED[f.name]})" if f.name in PRETRAINED else ""
+        p.add_argument(f"--{f.name}", type=boolean if f.type is bool else f.type, choices=CHOICES.get(f.name), default=None,
+                       metavar=f.name.upper() if f.name not in CHOICES else None, **({"nargs": "?", "const": True} if f.type is bool else {}),
+                       help=f"{help_text[f.name]} [{f.default}{note}]".replace("%", "%%"))
+    return {k: v for k, v in vars(p.parse_args(argv)).items() if v is not None}
+
+
+def resolve(given):
+    """The Config of a run: defaults, then those of a pretrained init or of the checkpoint that is continued, then flags."""
+    init = given.get("init", "")
+    if not init and given.get("stage") == "rl":
+        init = str(Path(given.get("out_dir", "out")) / "vae")
+    values = {}
+    if init:
+        if not Path(init).is_dir():
+            raise FileNotFoundError(f"--init {init}: no such directory" + (" (train it with --stage vae first)" if "init" not in given else ""))
+        if not (Path(init) / "config.json").is_file() or (Path(init) / "train.json").is_file():
+            init = str(find_checkpoint(init))
+            saved = read_json(Path(init) / "train.json")["config"]
+            known = {f.name for f in dataclasses.fields(Config)} - set(OWN)
+            values = {k: v for k, v in saved.items() if k in known}
+        else:
+            values = dict(PRETRAINED)
+    cfg = Config(**{**values, **given, "init": init})
+    check(cfg)
+    return cfg
+
+
+def check(cfg):
+    """ValueError for a value out of range, naming the flag."""
+    least = {**{k: 1 for k in ("hidden_size", "layers", "heads", "intermediate_size", "context", "thoughts_per_step", "max_steps",
+                               "batch_size", "micro_batch", "questions_per_step", "minibatch", "max_answer", "eval_size", "log_every",
+                               "save_every", "keep")}, "group": 2}
+    for f in dataclasses.fields(cfg):
+        value = getattr(cfg, f.name)
+        if f.type in (int, float) and not (least.get(f.name, 0) <= value < float("inf")):
+            raise ValueError(f"--{f.name} must be at least {least.get(f.name, 0)}, not {value}")
+    if cfg.hidden_size % (2 * cfg.heads):
+        raise ValueError(f"--hidden_size {cfg.hidden_size} must be a multiple of twice --heads {cfg.heads}")
+    if cfg.minibatch % cfg.questions_per_step or (cfg.questions_per_step * cfg.group) % cfg.minibatch:
+        raise ValueError(f"--minibatch {cfg.minibatch} must be --questions_per_step {cfg.questions_per_step} times a divisor of "
+                         f"--group {cfg.group}: each optimizer step takes as many rollouts of every question")
+    if cfg.temperature <= 0:
+        raise ValueError("--temperature must be positive")
+
+
+# --- set-up ---
+
+class Run:
+    """What a stage needs besides its model: processes, device, folder, log."""
+
+    def __init__(self, cfg, name):
+        self.cfg, self.name = cfg, name
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.device = device_of(cfg)
+        gpu = self.device.type == "cuda"
+        bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and gpu)
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext()
+        self.compile = cfg.compile == "yes" or (cfg.compile == "auto" and gpu)
+        self.dir = Path(cfg.out_dir) / name
+        self.main = self.rank == 0
+        if self.main:
+            self.dir.mkdir(parents=True, exist_ok=True)
+
+    def log(self, **values):
+        """Append one line to metrics.jsonl."""
+        if self.main:
+            with open(self.dir / "metrics.jsonl", "a", encoding="utf-8") as f:
+                f.write(json.dumps(values) + "\n")
+
+    def say(self, text):
+        if self.main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def bar(self, total, initial):
+        # disable=None: quiet where there is no terminal
+        return tqdm(total=total, initial=initial, desc=self.name, disable=None if self.main else True, dynamic_ncols=True)
+
+    def mean(self, values):
+        """Dict of numbers, averaged over processes."""
+        if self.world == 1:
+            return values
+        t = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
+        dist.all_reduce(t)
+        return dict(zip(values, (t / self.world).tolist()))
+
+    def wrap(self, module, model):
+        """Compile block by block (one graph serves all layers), then DDP."""
+        if self.compile:
+            for llama in (model.policy, model.decoder):
+                for layer in llama.layers if llama is not None else ():
+                    layer.compile(dynamic=True)
+        if self.world == 1:
+            return module
+        return DDP(module, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+
+def device_of(cfg):
+    name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this torch sees no GPU")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device("cpu")
+
+
+def generator(*ids):
+    """A CPU generator that depends on the numbers given and on nothing else."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(ids).generate_state(1, np.uint64)[0] >> 1))
+
+
+SFT_NOISE, RL_NOISE, RL_ORDER, WEIGHTS = range(4)  # streams of random numbers of a seed
+
+
+@lru_cache(maxsize=4)
+def permutation(seed, epoch, n):
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def batch_indices(seed, step, n, size):
+    """Indices of the examples of global batch `step`: a function of its arguments alone. Epochs follow one
+    another without a short batch, so any n and size go together."""
+    places = range(step * size, (step + 1) * size)
+    return [int(permutation(seed, p // n, n)[p % n]) for p in places]
+
+
+def make_optimizer(module, lr, cfg):
+    """AdamW; no decay on norms and biases (all vectors). Fused, one kernel for all parameters."""
+    params = [p for p in module.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in params if p.dim() > 1], "weight_decay": cfg.weight_decay},
+              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, cfg.beta2), fused=True)
+
+
+def build(cfg):
+    """Model and tokenizer that cfg asks for."""
+    device = device_of(cfg)
+    init = Path(cfg.init) if cfg.init else None
+    parts = {k: {"yes": True, "no": False}.get(getattr(cfg, k), METHODS[cfg.method][k]) for k in ("vae", "stop", "decode")}
+    tokenizer = Tokenizer.from_pretrained(init) if init else builtin_tokenizer()
+    tokenizer.add_special(START, END)
+    start, end = tokenizer.token_id(START), tokenizer.token_id(END)
+    latent = LatentConfig(**{**METHODS[cfg.method], **parts}, method=cfg.method, thoughts_per_step=cfg.thoughts_per_step,
+                          max_steps=cfg.max_steps, start_id=start, end_id=end, eos_id=tokenizer.eos_id)
+    if init and (init / "latent.json").is_file():
+        saved = LatentReasoner.from_pretrained(init, device=device)
+        if saved.config == latent:
+            return saved, tokenizer
+        policy = saved.policy  # another method, e.g. latents from a chain-of-thought checkpoint
+    else:
+        if cfg.stage == "rl":
+            raise ValueError(f"--stage rl starts from a checkpoint of --stage vae; {cfg.init} is a bare LLaMA")
+        torch.manual_seed(int(generator(cfg.seed, WEIGHTS).initial_seed()))
+        if init:
+            policy = LLaMA.from_pretrained(init, device=device)
+        else:
+            policy = LLaMA(LLaMAConfig(
+                vocab_size=tokenizer.vocab_size, hidden_size=cfg.hidden_size, intermediate_size=cfg.intermediate_size,
+                num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads, num_key_value_heads=cfg.heads,
+                head_dim=cfg.hidden_size // cfg.heads, max_position_embeddings=cfg.context, eos_token_id=tokenizer.eos_id))
+        if tokenizer.vocab_size > policy.config.vocab_size:
+            like = tokenizer.encode_ordinary("<<")
+            policy.add_tokens(tokenizer.vocab_size, like[0] if len(like) == 1 else None)
+    return LatentReasoner(policy, latent).to(device), tokenizer
+
+
+def read_data(cfg, tokenizer, model, run, split):
+    examples, skipped = encode_all(load(cfg.data, split, cfg.data_dir), tokenizer, min(cfg.context, model.policy.config.max_position_embeddings))
+    short = [e for e in examples if e.steps or not (model.config.latent and model.config.stop)]
+    if skipped or len(short) < len(examples):
+        run.say(f"{cfg.data} {split}: left out {skipped} examples longer than {cfg.context} tokens and {len(examples) - len(short)} without steps")
+    if not short:
+        raise ValueError(f"{cfg.data}: no example is left to train on")
+    return short
+
+
+# --- checkpoints ---
+
+def save_checkpoint(run, model, tokenizer, optimizer, names, state):
+    """A complete folder step-N, written under another name, then renamed; older ones beyond cfg.keep go."""
+    if not run.main:
+        return
+    final = run.dir / f"step-{state['step']:07d}"
+    tmp = run.dir / f".tmp-{state['step']:07d}"
+    shutil.rmtree(tmp, ignore_errors=True)
+    model.save_pretrained(tmp)
+    tokenizer.save_pretrained(tmp)
+    tensors = {f"{key}.{names[p]}": v.reshape(-1) if v.dim() == 0 else v
+               for p, s in optimizer.state.items() for key, v in s.items()} if optimizer is not None else {}
+    save_tensors(tensors, tmp / "optimizer.safetensors")
+    write_json(tmp / "train.json", {"config": dataclasses.asdict(run.cfg), **state})
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(tmp, final)
+    for old in sorted(run.dir.glob("step-*"))[:-run.cfg.keep]:
+        shutil.rmtree(old)
+
+
+def load_optimizer(optimizer, names, file):
+    by_name = {name: p for p, name in names.items()}
+    for key, v in load_file(file).items():
+        kind, name = key.split(".", 1)
+        p = by_name[name]
+        optimizer.state[p][kind] = v.reshape(()) if kind == "step" else v.to(p.device)
+
+
+def start_or_resume(run, cfg):
+    """(cfg to build the model from, state). A finished or interrupted run's newest checkpoint with --resume."""
+    if not cfg.resume:
+        if run.main:
+            for old in run.dir.glob("step-*"):
+                shutil.rmtree(old)
+            (run.dir / "metrics.jsonl").unlink(missing_ok=True)
+        return cfg, {"step": 0}
+    ckpt = find_checkpoint(run.dir)
+    state = read_json(ckpt / "train.json")
+    saved = state.pop("config")
+    changed = [k for k, v in saved.items() if k not in ("resume", "init", "micro_batch", "device", "threads", "log_every", "save_every", "keep")
+               and v != getattr(cfg, k, v)]
+    if changed:
+        raise ValueError(f"--resume: {ckpt} was made with another --{changed[0]} ({saved[changed[0]]!r}, now {getattr(cfg, changed[0])!r})")
+    if run.main and (run.dir / "metrics.jsonl").exists():  # drop what was logged after the checkpoint
+        rows = [json.loads(r) for r in (run.dir / "metrics.jsonl").read_text().splitlines()]
+        (run.dir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows if r["step"] <= state["step"]))
+    return dataclasses.replace(cfg, init=str(ckpt)), {**state, "optimizer": ckpt / "optimizer.safetensors"}
+
+
+def lr_at(step, first, steps, optimizer_step, peak, warmup, floor):
+    """Cosine over the segment [first, first + steps), with a linear warm-up after each new optimizer."""
+    progress = (step - first) / max(1, steps)
+    cosine = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * cosine * min(1.0, (optimizer_step + 1) / max(1, warmup))
+
+
+def finish_step(run, module, optimizer, lr, step, ids, parts):
+    """Clip and step. A gradient that is not finite stops the run before the weights are touched."""
+    params = [p for g in optimizer.param_groups for p in g["params"]]
+    norm = float(torch.nn.utils.clip_grad_norm_(params, run.cfg.clip))
+    if not math.isfinite(norm):
+        bad = [k for k, v in parts.items() if not math.isfinite(v)] or ["gradient"]
+        raise RuntimeError(f"step {step}: {', '.join(bad)} is not finite (examples {', '.join(ids[:8])}...); weights are those of the last step")
+    for g in optimizer.param_groups:
+        g["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+# --- supervised stage (paper, section 3.2) ---
+
+def curriculum(cfg, latent, n):
+    """[(stage, optimizer steps)]: stage s has its first s steps latent; 0 is text, K is all latent."""
+    if not latent:
+        epochs = [(0, cfg.cot_epochs + cfg.epochs_per_stage * cfg.max_steps + cfg.final_epochs)]
+    else:
+        last = cfg.max_steps
+        epochs = [(0, cfg.cot_epochs)] + [(s, cfg.epochs_per_stage) for s in range(1, last)] + [(last, cfg.epochs_per_stage + cfg.final_epochs)]
+    steps = [(s, max(1, round(e * n / cfg.batch_size))) for s, e in epochs if e > 0]
+    if cfg.max_iters:
+        total = sum(k for _, k in steps)
+        ends = np.floor(np.cumsum([k for _, k in steps]) * min(1.0, cfg.max_iters / total)).astype(int)
+        steps = [(s, int(b - a)) for (s, _), a, b in zip(steps, [0, *ends[:-1]], ends) if b > a]
+    return steps
+
+
+def train_supervised(cfg, name):
+    """Curriculum from text to latents (or text alone); the trained checkpoint is in out_dir/name."""
+    run = Run(cfg, name)
+    cfg, state = start_or_resume(run, cfg)
+    model, tokenizer = build(cfg)
+    model.policy.activation_checkpointing = cfg.activation_checkpointing
+    names = {p: n for n, p in model.named_parameters()}
+    train = read_data(cfg, tokenizer, model, run, "train")
+    valid = read_data(cfg, tokenizer, model, run, "valid")[:cfg.eval_size]
+    stages = curriculum(cfg, model.config.latent, len(train))
+    total = sum(k for _, k in stages)
+    text_steps = sum(k for s, k in stages if s == 0)
+    run.say(f"{name}: {sum(p.numel() for p in model.policy.parameters()) / 1e6:.2f} M parameters, {len(train)} examples, "
+            f"{total} steps of {cfg.batch_size}; stage: steps " + ", ".join(f"{s}: {k}" for s, k in stages))
+    accum = -(-cfg.batch_size // (cfg.micro_batch * run.world))
+    if accum * run.world > cfg.batch_size:
+        raise ValueError(f"--batch_size {cfg.batch_size} is smaller than the number of processes {run.world}")
+    step, first, began = state["step"], 0, time.time()
+    bar = run.bar(total, step)
+    for stage, steps in stages:
+        if step >= first + steps:  # done before the checkpoint
+            first += steps
+            continue
+        if stage > 0 and step == first and first == text_steps and not (cfg.init and first == 0):
+            model.copy_decoder()
+        model.set_trainable(stage)
+        peak, seg_first, seg_steps = (cfg.cot_lr, 0, text_steps) if stage == 0 and model.config.latent else (cfg.lr if model.config.latent else cfg.cot_lr, text_steps * model.config.latent, total - text_steps * model.config.latent)
+        optimizer = make_optimizer(model, peak, cfg)  # made anew at each stage
+        if step > first:
+            load_optimizer(optimizer, names, state["optimizer"])
+        ddp = run.wrap(model, model)
+        model.train()
+        while step < first + steps:
+            chosen = batch_indices(cfg.seed, step, len(train), cfg.batch_size)
+            examples = [train[i] for i in chosen]
+            noise = None
+            if model.config.vae and stage > 0:
+                shape = cfg.batch_size, min(stage + 1, cfg.max_steps), cfg.thoughts_per_step, model.policy.config.hidden_size
+                noise = torch.randn(shape, generator=generator(cfg.seed, SFT_NOISE, step))
+            tokens = target_tokens(examples, model.config, stage)
+            # rows of like length go together: less padding, the same batch
+            order = np.array(sorted(range(len(examples)), key=lambda i: len(examples[i].question) + sum(map(len, examples[i].steps))))
+            parts = {}
+            for micro, rows in enumerate(np.array_split(order, accum)):
+                rows = rows[run.rank::run.world]
+                batch = collate([examples[i] for i in rows], model.config, stage, None if noise is None else noise[rows], len(examples), tokens)
+                # gradients are averaged over processes once, at the last micro step
+                with ddp.no_sync() if run.world > 1 and micro + 1 < accum else nullcontext():
+                    with run.autocast:
+                        losses = ddp(batch.to(run.device))
+                    loss = sum(v * (cfg.beta_kl if k == "kl" else 1.0) for k, v in losses.items())
+                    (loss * run.world).backward()  # DDP takes the mean, the losses are shares of a sum
+                for k, v in losses.items():
+                    parts[k] = parts.get(k, 0.0) + v.detach()
+            lr = lr_at(step, seg_first, seg_steps, step - first, peak, cfg.warmup, cfg.min_lr)
+            step += 1
+            logging = step % cfg.log_every == 0 or step == total
+            shown = {k: v * run.world for k, v in run.mean({k: float(v) for k, v in parts.items()}).items()} if logging else {}
+            norm = finish_step(run, model, optimizer, lr, step, [e.example.id for e in examples], {k: float(v) for k, v in parts.items()} if logging else {})
+            bar.update()
+            if logging:
+                run.log(step=step, stage=stage, lr=lr, grad_norm=norm, seconds=round(time.time() - began, 2), **shown)
+                bar.set_postfix(stage=stage, **{k: f"{v:.3f}" for k, v in shown.items()}, ex_s=f"{cfg.batch_size * (step - state['step']) / (time.time() - began):.0f}")
+            if step == total or (cfg.eval_every and step % cfg.eval_every == 0) or step == first + steps:
+                validate(run, model, tokenizer, valid, step, stage)
+            if step == total or step % cfg.save_every == 0:
+                save_checkpoint(run, model, tokenizer, optimizer, names, {"step": step, "stage": stage, "name": name, "seconds": time.time() - began})
+        first += steps
+    bar.close()
+    return model, tokenizer
+
+
+def validate(run, model, tokenizer, valid, step, stage):
+    """Greedy figures on validation questions; each process does its share. At stage 0 of a latent method the
+    model still writes text: nothing to measure yet."""
+    if model.config.latent and stage == 0:
+        return
+    mine = valid[run.rank::run.world]
+    figures, _ = evaluate(model, tokenizer, mine)
+    figures = run.mean({k: v * len(mine) for k, v in figures.items() if k != "n"})
+    figures = {k: v * run.world / len(valid) for k, v in figures.items()}
+    model.train()
+    run.log(step=step, stage=stage, valid=figures)
+    run.say(f"{run.name} step {step} stage {stage}: validation " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
+
+
+# --- reinforcement learning (paper, section 3.3) ---
+
+def train_rl(cfg, name):
+    """GRPO on questions and answers, from the checkpoint cfg.init; the trained checkpoint is in out_dir/name."""
+    run = Run(cfg, name)
+    cfg, state = start_or_resume(run, cfg)
+    model, tokenizer = build(cfg)
+    model.policy.activation_checkpointing = cfg.activation_checkpointing
+    names = {p: n for n, p in model.named_parameters()}
+    train = read_data(cfg, tokenizer, model, run, "train")
+    valid = read_data(cfg, tokenizer, model, run, "valid")[:cfg.eval_size]
+    Q, G, d = cfg.questions_per_step, cfg.group, model.policy.config.hidden_size
+    if run.world > Q:
+        raise ValueError(f"--questions_per_step {Q} is smaller than the number of processes {run.world}")
+    total = cfg.rl_iters or max(1, len(train) // Q)  # 0: one epoch over the questions
+    total = min(total, cfg.max_iters) if cfg.max_iters else total
+    members = cfg.minibatch // Q  # rollouts of every question in one optimizer step
+    model.set_trainable("rl")
+    optimizer = make_optimizer(model, cfg.rl_lr, cfg)
+    if "optimizer" in state:
+        load_optimizer(optimizer, names, state["optimizer"])
+    log_probs = LogProbs(model, cfg.temperature)
+    ddp = run.wrap(log_probs, model)
+    run.say(f"{name}: {total} steps of {Q} questions x {G} rollouts, {G // members} optimizer steps each, from {cfg.init}")
+    began, skipped, step = time.time(), state.get("skipped", 0), state["step"]
+    if step == 0:
+        validate(run, model, tokenizer, valid, 0, "rl")
+    bar = run.bar(total, step)
+    while step < total:
+        chosen = batch_indices(cfg.seed + (RL_ORDER << 32), step, len(train), Q)
+        mine = list(range(Q))[run.rank::run.world]
+        examples = [train[chosen[i]] for i in mine]
+        noise = Noise.draw(Q * G, model.config, d, cfg.max_answer, generator(cfg.seed, RL_NOISE, step))
+        rows = torch.tensor([i * G + g for i in mine for g in range(G)])
+        clock = [time.time()]
+        model.eval()
+        with run.autocast:
+            rollout = model.rollout([e.question for e in examples], G, noise[rows], cfg.max_answer, cfg.temperature)
+        clock.append(time.time())
+        with run.autocast:
+            result = score(model, rollout, [e.example for e in examples], tokenizer, cfg.w_acc, cfg.w_fmt, cfg.w_coh)
+        clock.append(time.time())
+        advantage = advantages(result.reward, G, cfg.std_norm).to(run.device)
+        step += 1
+        stats = {"reward": float(result.reward.mean()), "accuracy": float(result.correct.mean()), "well_formed": float(result.well_formed.mean()),
+                 "coherence": float(result.coherence.mean()), "latents": float((rollout.steps * cfg.thoughts_per_step).float().mean()),
+                 "sigma": rollout.sigma, "advantage": float(advantage.abs().mean())}
+        stats = run.mean({k: v * len(mine) * run.world / Q for k, v in stats.items()})  # processes may have unlike shares
+        lr = cfg.rl_lr * min(1.0, step / max(1, cfg.rl_warmup))
+        if stats["advantage"] == 0:
+            skipped += 1  # every group has one reward: nothing to learn, on any process
+        else:
+            model.train()
+            stats |= update(run, model, ddp, optimizer, rollout, advantage, members, Q * members, lr, step, [e.example.id for e in examples])
+        clock.append(time.time())
+        bar.update()
+        bar.set_postfix(reward=f"{stats['reward']:.3f}", accuracy=f"{stats['accuracy']:.3f}", coherence=f"{stats['coherence']:.3f}",
+                        rollouts_s=f"{Q * G / (clock[-1] - clock[0]):.0f}")
+        times = dict(zip(("rollout_s", "score_s", "update_s"), np.round(np.diff(clock), 4).tolist()))
+        if step % cfg.log_every == 0 or step == total:
+            run.log(step=step, lr=lr, skipped=skipped, seconds=round(time.time() - began, 2), **stats, **times)
+        if step == total or (cfg.eval_every and step % cfg.eval_every == 0):
+            validate(run, model, tokenizer, valid, step, "rl")
+        if step == total or step % cfg.save_every == 0:
+            save_checkpoint(run, model, tokenizer, optimizer, names, {"step": step, "stage": "rl", "name": name, "skipped": skipped, "seconds": time.time() - began})
+    bar.close()
+    return model, tokenizer
+
+
+def update(run, model, ddp, optimizer, rollout, advantage, members, total, lr, step, ids):
+    """Optimizer steps over one batch of rollouts: each takes `members` rollouts of every question, so that its
+    rows do not depend on the number of processes. Micro-batches are whole groups."""
+    cfg, G = run.cfg, rollout.group
+    questions = len(rollout.prefix)
+    chunk = max(1, cfg.micro_batch * cfg.group // cfg.micro_batch if False else cfg.micro_batch // members or 1)
+    # all processes must take as many backward passes
+    chunks = -(-(-(-cfg.questions_per_step // run.world)) // chunk)
+    stats = []
+    for first in range(0, G, members):
+        parts = np.array_split(np.arange(questions), min(chunks, questions))
+        for micro, part in enumerate(parts):
+            rows = torch.tensor([q * G + g for q in part for g in range(first, first + members)], device=advantage.device)
+            with ddp.no_sync() if run.world > 1 and micro + 1 < len(parts) else nullcontext():
+                cut = rollout.rows(rows)
+                with run.autocast:
+                    new = ddp(cut)
+                loss, stat = objective(new, cut, advantage[rows], total, cfg.ratio_clip, cfg.latent_coef, cfg.latent_mean)
+                (loss * run.world).backward()
+            stats.append(stat)
+        norm = finish_step(run, model, optimizer, lr, step, ids, {"loss": float(loss.detach())})
+    return run.mean({"grad_norm": norm, "ratio_max": max(s["ratio_max"] for s in stats), "clip_frac": float(np.mean([s["clip_frac"] for s in stats]))})
+
+
+# --- main ---
+
+def report(cfg, rows):
+    """The closing table: each trained model on the built-in test sets (or the data's own test split), greedy."""
+    names = TEST_SETS if cfg.data in BUILTIN else (cfg.data,)
+    lines = []
+    for label, (model, tokenizer) in rows:
+        sets = []
+        for name in names:
+            encoded, _ = encode_all(load(name, "test", cfg.data_dir), tokenizer, model.policy.config.max_position_embeddings)
+            sets.append((name, evaluate(model, tokenizer, encoded)[0]))
+        mean = mean_figures(sets)
+        lines.append((label, {**{n: f"{100 * f['accuracy']:.1f}" for n, f in sets}, "mean": f"{100 * mean['accuracy']:.1f}",
+                              "tokens": f"{mean['tokens']:.2f}", "coherence": f"{100 * mean['coherence']:.1f}"}))
+    head = ["", *lines[0][1]]
+    rows = [head, ["---", *["---:"] * (len(head) - 1)], *([label, *f.values()] for label, f in lines)]
+    print("\n".join("| " + " | ".join(r) + " |" for r in rows))
+
+
+def main(argv=None):
+    given = parse(argv)
+    cfg = resolve(given)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    if "RANK" in os.environ and not dist.is_initialized():
+        device = device_of(cfg)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.set_float32_matmul_precision("high")
+    try:
+        if cfg.stage == "rl":
+            train_rl(cfg, "rl")
+        elif cfg.stage == "cot":
+            train_supervised(dataclasses.replace(cfg, method="cot"), "cot")
+        elif cfg.stage == "vae":
+            train_supervised(cfg, "vae")
+        else:
+            vae = train_supervised(cfg, "vae")
+            started = resolve({**given, "stage": "rl", "init": str(find_checkpoint(Path(cfg.out_dir) / "vae"))})
+            rl = train_rl(started, "rl")
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                report(cfg, [("vae (imitation)", vae), ("rl (active planning)", rl)])
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_main(main)
