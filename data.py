@@ -42,7 +42,7 @@ class Example:
 
 
 MAX_NUMBER = 64  # characters; longer "numbers" are noise, and arithmetic on them is not free
-_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"  # thousands commas only where they belong
+_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"  # thousands commas only where they belong
 _NUMBER = re.compile(rf"([-+]?)\$?([-+]?)({_DIGITS})%?\.?")
 
 
@@ -272,7 +272,7 @@ def _answer(value) -> str:
     if isinstance(value, (int, Decimal)) and not isinstance(value, bool):
         number = Decimal(value)
         # the size first: "1e999999999" must not be written out
-        small = number.is_finite() and abs(number.adjusted()) < MAX_NUMBER and len(number.as_tuple().digits) < MAX_NUMBER
+        small = number.is_finite() and abs(number.adjusted()) < MAX_NUMBER
         value = format_number(number) if small else str(value)
     number = parse_number(value) if isinstance(value, str) else None
     if number is None:
@@ -627,62 +627,67 @@ BUILTIN = {  # test sets mirror the paper's GSM8K, GSM-Hard, SVAMP and MultiArit
 }
 TEST_SETS = tuple(name for name, sizes in BUILTIN.items() if "test" in sizes)
 
-NAMES = "Ada Ben Cleo Dan Eve Finn Gina Hugo Iris Jack Kim Leo Mia Ned Olga Paul".split()
-ITEMS = "coins cards books pens shells stamps".split()
+NAMES = "Ada Ben Cleo Dan Eve Finn Gina Hugo Iris Jack".split()
+ITEMS = "coins cards books pens".split()
 LARGEST = 99  # every number of a question, a step and an answer is from 1 to LARGEST, one token each
 
-COMMON = {
-    "base": "{x} has {n} {item}.", "+n": "{x} has {n} more than {y}.", "-n": "{x} has {n} fewer than {y}.",
-    "*n": "{x} has {n} times as many as {y}.", "+": "{x} has as many as {y} and {z}.",
-    "-": "{x} has as many as {y} without {z}.", "ask": "How many {item} does {x} have?",
+COMMON = {  # by operation: on two given numbers, on another's count and a number, on the counts of two others
+    "n+n": "{x} has {m} {item} and {n} more.", "n-n": "{x} has {m} {item} and loses {n}.",
+    "n*n": "{x} has {m} bags of {n} {item}.",
+    "+n": "{x} has {n} more than {y}.", "-n": "{x} has {n} fewer than {y}.", "*n": "{x} has {n} times as many as {y}.",
+    "+": "{x} has as many as {y} and {z}.", "-": "{x} has as many as {y} without {z}.",
+    "ask": "How many {item} does {x} have?",
 }
 RARE = {  # one question in ten in training, every question of "reworded"
-    "base": "{x} owns {n} {item}.", "+n": "{x} owns {n} beyond {y}.", "-n": "{x} owns {n} under {y}.",
-    "*n": "{x} owns {n} times what {y} owns.", "+": "{x} owns what {y} and {z} own.",
-    "-": "{x} owns what {y} owns less {z}.", "ask": "What number of {item} is with {x}?",
+    "n+n": "{x} owns {m} {item} plus {n}.", "n-n": "{x} owns {m} {item} minus {n}.", "n*n": "{x} owns {m} boxes of {n} {item}.",
+    "+n": "{x} owns {n} beyond {y}.", "-n": "{x} owns {n} under {y}.", "*n": "{x} owns {n} times what {y} owns.",
+    "+": "{x} owns what {y} and {z} own.", "-": "{x} owns what {y} owns less {z}.",
+    "ask": "What number of {item} is with {x}?",
 }
 
 
 class _Node:
-    """A quantity: given, or computed by one step from one or two others."""
+    """Somebody's count: the result of one step."""
 
-    def __init__(self, op, value, children=(), n=None):
-        self.op, self.value, self.children, self.n = op, value, children, n
+    def __init__(self, op, value, numbers=(), children=()):
+        self.op, self.value, self.numbers, self.children = op, value, numbers, children
 
     def key(self):
-        """The expression without names and order."""
-        keys = [c.key() for c in self.children]
-        if self.op == "+":
-            keys.sort()
-        return f"({self.op}{self.n or ''} {' '.join(keys)})" if keys else str(self.value)
+        """The expression without names, wording and order."""
+        operands = [*(c.key() for c in self.children), *map(str, self.numbers)]
+        return f"({self.sign} {' '.join(sorted(operands) if self.sign == '+' else operands)})"
+
+    @property
+    def sign(self):
+        return self.op.strip("n")
 
     def step(self):
-        a = self.children[0].value
-        b = self.n if self.n is not None else self.children[1].value
-        return f"<<{a}{self.op[0]}{b}={self.value}>>"
+        a, b = [c.value for c in self.children] + list(self.numbers)
+        return f"<<{a}{self.sign}{b}={self.value}>>"
 
 
 def _tree(rng, steps, wide):
-    """A random expression of `steps` operations, or None where a value leaves 1..LARGEST."""
-    if steps == 0:
-        return _Node("base", rng.randint(*((10, 50) if wide else (2, 20))))
-    # both children computed: their steps may come in either order
-    if rng.random() < (0.65 if steps > 2 else 0.2):
-        left = rng.randint(1, steps - 2) if steps > 2 else rng.randint(0, steps - 1)
-        a, b = _tree(rng, left, wide), _tree(rng, steps - 1 - left, wide)
-        if a is None or b is None:
-            return None
-        op = rng.choice("++-")
-        if op == "-" and a.value < b.value:
-            a, b = b, a
-        node = _Node(op, a.value + b.value if op == "+" else a.value - b.value, (a, b))
+    """A random expression of `steps` operations, or None where a value leaves 1..50 (wide: 1..LARGEST)."""
+    large = (10, 45) if wide else (2, 20)
+    small = (10, 40) if wide else (1, 9)
+    if steps > 2 and rng.random() < 0.65:  # two computed operands: their steps may come in either order
+        left = rng.randint(1, steps - 2)
+        children = [_tree(rng, left, wide), _tree(rng, steps - 1 - left, wide)]
+        numbers, op = (), rng.choice("++-")
     else:
-        a, op = _tree(rng, steps - 1, wide), rng.choice(("+n", "-n", "*n"))
-        if a is None:
-            return None
-        n = rng.randint(2, 4) if op == "*n" else rng.randint(*((10, 40) if wide else (1, 12)))
-        node = _Node(op, {"+n": a.value + n, "-n": a.value - n, "*n": a.value * n}[op], (a,), n)
-    return node if 1 <= node.value <= LARGEST else None
+        children = [_tree(rng, steps - 1, wide)] if steps > 1 else []
+        op = rng.choice("+-*")
+        numbers = (rng.randint(2, 4) if op == "*" else rng.randint(*small),)
+        if not children:
+            numbers = (rng.randint(*large), *numbers)
+        op = op + "n" if children else f"n{op}n"
+    if None in children:
+        return None
+    if op == "-" and children[0].value < children[1].value:
+        children.reverse()
+    a, b = [c.value for c in children] + list(numbers)
+    value = {"+": a + b, "-": a - b, "*": a * b}[op.strip("n")]
+    return _Node(op, value, numbers, tuple(children)) if 1 <= value <= (LARGEST if wide else 50) else None
 
 
 def _random_order(rng, nodes):
@@ -705,13 +710,14 @@ def _problem(rng, id, bucket, lengths, wide, rare, distractors):
     while stack:
         nodes.append(stack.pop())
         stack.extend(nodes[-1].children)
-    steps = tuple(n.step() for n in _random_order(rng, nodes) if n.children)
+    steps = tuple(n.step() for n in _random_order(rng, nodes))
     for _ in range(distractors):
-        n = rng.randint(2, 12)
-        nodes.append(_Node("base", n) if rng.random() < 0.5 else _Node("+n", None, (rng.choice(nodes),), n))
+        n = rng.randint(2, 9)
+        nodes.append(_Node("n+n", None, (rng.randint(2, 20), n)) if rng.random() < 0.5 else
+                     _Node("+n", None, (n,), (rng.choice(nodes),)))
     name, item = dict(zip(nodes, rng.sample(NAMES, len(nodes)))), rng.choice(ITEMS)
     wording = RARE if rng.random() < rare else COMMON
-    said = [wording[n.op].format(x=name[n], item=item, n=n.value if n.op == "base" else n.n,
+    said = [wording[n.op].format(x=name[n], item=item, m=n.numbers[0] if n.numbers else 0, n=n.numbers[-1] if n.numbers else 0,
                                  **{k: name[c] for k, c in zip("yz", n.children)})
             for n in _random_order(rng, nodes)]
     said.append(wording["ask"].format(x=name[root], item=item))
@@ -744,7 +750,7 @@ def builtin_tokenizer():
     words = {"### ", "\n", "?\n", ">>", ">>\n", "<<", *"+-*=.?", *map(str, range(LARGEST + 1))}
     for text in (*COMMON.values(), *RARE.values()):
         for name, item in itertools.product(NAMES, ITEMS):
-            said = "Ada. " + text.format(x=name, y=name, z=name, n=1, item=item)
+            said = "Ada. " + text.format(x=name, y=name, z=name, m=1, n=1, item=item)
             words.update(re.findall(BUILTIN_PIECES, said))
     words |= set(NAMES)  # as the first word
     return Tokenizer.from_words(sorted(w for w in words if len(w.encode()) > 1), BUILTIN_PIECES,

@@ -99,12 +99,10 @@ class LLaMAConfig:
                 raise ValueError(f"{key} {raw[key]!r} is not supported (only {allowed[0]!r})")
         raw = dict(raw)
         # transformers 5 writes rope_parameters; published checkpoints have rope_theta + rope_scaling
-        key = "rope_parameters" if raw.get("rope_parameters") is not None else "rope_scaling"
-        rope = raw.get(key)
-        if not isinstance(rope, (dict, type(None))):
-            raise ValueError(f"{key} must be an object, not {rope!r}")
-        rope = rope or {}
-        rope = dict(rope)
+        for key in ("rope_parameters", "rope_scaling"):
+            if not isinstance(raw.get(key), (dict, type(None))):
+                raise ValueError(f"{key} must be an object, not {raw[key]!r}")
+        rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})  # transformers' order of preference
         raw["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in ("default", "llama3"):
@@ -258,15 +256,11 @@ class LLaMA(nn.Module):
         # no buffer: model.bfloat16() must not round it, and no state_dict holds it
         self.inv_freq = rope_frequencies(config)
         self.activation_checkpointing = False
-        self.apply(self._init_weights)
+        std = config.hidden_size ** -0.5  # about the usual 0.02 at d = 2048; a small model needs its own
         for name, p in self.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):  # GPT-2: keep the residual stream's variance
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.num_hidden_layers))
-
-    @staticmethod
-    def _init_weights(module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
+            if p.dim() > 1:  # GPT-2: scale the residual branches, to keep the stream's variance
+                branch = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(p, std=std / math.sqrt(2 * config.num_hidden_layers) if branch else std)
 
     def forward(self, tokens=None, embeds=None, cache=None, valid=None, at=None):
         """Logits (B, T, vocab), or (N, vocab) at the N positions where the bool mask `at` (B, T) is set."""
@@ -358,8 +352,9 @@ class LLaMA(nn.Module):
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
         """Read config.json and model.safetensors (or the shards of model.safetensors.index.json).
 
-        Peak memory is the model in `dtype` and one slice of a tensor. FileNotFoundError where a file is missing, ValueError
-        naming file and key where it is not a LLaMA that this code can run; both before anything is allocated."""
+        Peak memory is the model in `dtype` and one slice of a tensor. FileNotFoundError where a file is missing,
+        ValueError naming file and key where it is not a LLaMA that this code can run; both before anything is
+        allocated."""
         path = Path(path)
         file = path / "config.json"
         try:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from data import extract_answer, is_correct, numbers_equal, parse_number, parse_step, well_formed
 from model import KVCache
-from vae import gaussian_logp, last, stop_terms
+from vae import gaussian_logp, last, precise, stop_terms
 
 
 # --- rewards ---
@@ -120,7 +120,7 @@ class LogProbs(nn.Module):
             if rollout.tokens.shape[1] > 1:
                 more = policy.hidden(rollout.tokens[:, :-1], cache=cache, valid=written[:, 1:])
                 h = torch.cat((h, more), dim=1)
-        logp = F.log_softmax(policy.logits(h[written]).float() / self.temperature, dim=-1)
+        logp = F.log_softmax(precise(policy.logits(h[written])) / self.temperature, dim=-1)
         token = torch.zeros(written.shape, device=device, dtype=logp.dtype)
         token = token.masked_scatter(written, logp.gather(1, rollout.tokens[written][:, None]).squeeze(1))
         latent = stop = None
@@ -131,7 +131,7 @@ class LogProbs(nn.Module):
             first = torch.cat((rollout.z[:, :, 0], torch.zeros_like(rollout.stop_z)[:, None]), dim=1)  # (B, N + 1, d)
             here = (torch.arange(N + 1, device=device) == steps[:, None]) & rollout.stopped[:, None]
             first = torch.where(here[..., None], rollout.stop_z[:, None], first)
-            logits = self.model.stop_head(first.to(embed.weight.dtype)).float()
+            logits = precise(self.model.stop_head(first.to(embed.weight.dtype)))
             stop = stop_terms(logits, steps, rollout.stopped)
         return latent, stop, token
 

@@ -49,6 +49,7 @@ class Config:
     out_dir: str = "out"  # runs go to out_dir/vae, out_dir/rl, ...
     resume: bool = False  # go on from the newest checkpoint of the same run
     seed: int = 0  # of weights, data order and samples
+    baseline: bool = True  # stage all: also train a model that answers at once (nocot), to compare in the closing table
     # model from nothing (--init "")
     hidden_size: int = 96  # d
     layers: int = 4  # transformer blocks
@@ -115,7 +116,7 @@ CHOICES = {"stage": ("all", "cot", "vae", "rl"), "method": tuple(METHODS), "devi
            "dtype": ("auto", "float32", "bfloat16"),
            **{k: ("auto", "yes", "no") for k in ("vae", "stop", "decode", "compile")}}
 # settings that belong to the run and not to the model: never taken from the checkpoint that --init names
-OWN = ("stage", "init", "out_dir", "resume", "seed", "device", "dtype", "compile", "threads", "max_iters")
+OWN = ("stage", "baseline", "init", "out_dir", "resume", "seed", "device", "dtype", "compile", "threads", "max_iters")
 
 
 def comments():
@@ -270,6 +271,7 @@ def make_optimizer(module, lr, cfg):
 
 def build(cfg):
     """Model and tokenizer that cfg asks for."""
+    torch.manual_seed(generator(cfg.seed, WEIGHTS).initial_seed())
     device = device_of(cfg)
     init = Path(cfg.init) if cfg.init else None
     parts = {k: {"yes": True, "no": False}.get(getattr(cfg, k), METHODS[cfg.method][k]) for k in ("vae", "stop", "decode")}
@@ -286,7 +288,6 @@ def build(cfg):
     else:
         if cfg.stage == "rl":
             raise ValueError(f"--stage rl starts from a checkpoint of --stage vae; {cfg.init} is a bare LLaMA")
-        torch.manual_seed(int(generator(cfg.seed, WEIGHTS).initial_seed()))
         if init:
             policy = LLaMA.from_pretrained(init, device=device)
         else:
@@ -393,7 +394,7 @@ def curriculum(cfg, latent, n):
     steps = [(s, max(1, round(e * n / cfg.batch_size))) for s, e in epochs if e > 0]
     if cfg.max_iters:
         total = sum(k for _, k in steps)
-        ends = np.floor(np.cumsum([k for _, k in steps]) * min(1.0, cfg.max_iters / total)).astype(int)
+        ends = np.floor(np.cumsum([k for _, k in steps]) * (cfg.max_iters / total)).astype(int)
         steps = [(s, int(b - a)) for (s, _), a, b in zip(steps, [0, *ends[:-1]], ends) if b > a]
     return steps
 
@@ -424,7 +425,8 @@ def train_supervised(cfg, name):
         if stage > 0 and step == first and first == text_steps and not (cfg.init and first == 0):
             model.copy_decoder()
         model.set_trainable(stage)
-        peak, seg_first, seg_steps = (cfg.cot_lr, 0, text_steps) if stage == 0 and model.config.latent else (cfg.lr if model.config.latent else cfg.cot_lr, text_steps * model.config.latent, total - text_steps * model.config.latent)
+        # one cosine over the text stage, another over all latent stages
+        peak, seg_first, seg_steps = (cfg.cot_lr, 0, text_steps) if stage == 0 else (cfg.lr, text_steps, total - text_steps)
         optimizer = make_optimizer(model, peak, cfg)  # made anew at each stage
         if step > first:
             load_optimizer(optimizer, names, state["optimizer"])
@@ -556,14 +558,10 @@ def train_rl(cfg, name):
 def update(run, model, ddp, optimizer, rollout, advantage, members, total, lr, step, ids):
     """Optimizer steps over one batch of rollouts: each takes `members` rollouts of every question, so that its
     rows do not depend on the number of processes. Micro-batches are whole groups."""
-    cfg, G = run.cfg, rollout.group
-    questions = len(rollout.prefix)
-    chunk = max(1, cfg.micro_batch * cfg.group // cfg.micro_batch if False else cfg.micro_batch // members or 1)
-    # all processes must take as many backward passes
-    chunks = -(-(-(-cfg.questions_per_step // run.world)) // chunk)
+    cfg, G, questions = run.cfg, rollout.group, len(rollout.prefix)
+    parts = np.array_split(np.arange(questions), -(-questions * members // max(cfg.micro_batch, members)))
     stats = []
     for first in range(0, G, members):
-        parts = np.array_split(np.arange(questions), min(chunks, questions))
         for micro, part in enumerate(parts):
             rows = torch.tensor([q * G + g for q in part for g in range(first, first + members)], device=advantage.device)
             with ddp.no_sync() if run.world > 1 and micro + 1 < len(parts) else nullcontext():
@@ -583,7 +581,7 @@ def report(cfg, rows):
     """The closing table: each trained model on the built-in test sets (or the data's own test split), greedy."""
     names = TEST_SETS if cfg.data in BUILTIN else (cfg.data,)
     lines = []
-    for label, (model, tokenizer) in rows:
+    for label, (model, tokenizer) in rows.items():
         sets = []
         for name in names:
             encoded, _ = encode_all(load(name, "test", cfg.data_dir), tokenizer, model.policy.config.max_position_embeddings)
@@ -615,11 +613,19 @@ def main(argv=None):
         elif cfg.stage == "vae":
             train_supervised(cfg, "vae")
         else:
-            vae = train_supervised(cfg, "vae")
-            started = resolve({**given, "stage": "rl", "init": str(find_checkpoint(Path(cfg.out_dir) / "vae"))})
-            rl = train_rl(started, "rl")
+            rows = {}
+            if cfg.method == "atp":
+                if cfg.baseline:
+                    rows["answer only (nocot)"] = train_supervised(dataclasses.replace(cfg, method="nocot"), "nocot")
+                rows["latents, imitation (vae)"] = train_supervised(cfg, "vae")
+                if dist.is_initialized():
+                    dist.barrier()  # the checkpoint is there for every process
+                cfg = resolve({**given, "stage": "rl", "init": str(Path(cfg.out_dir) / "vae")})
+                rows["latents, active planning (rl)"] = train_rl(cfg, "rl")
+            else:
+                rows[cfg.method] = train_supervised(cfg, "vae")
             if not dist.is_initialized() or dist.get_rank() == 0:
-                report(cfg, [("vae (imitation)", vae), ("rl (active planning)", rl)])
+                report(cfg, rows)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

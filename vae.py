@@ -69,7 +69,12 @@ class LatentHead(nn.Module):
 
     def forward(self, h):
         h = self.trunk(h)
-        return self.mu(h).float(), self.logvar(h).float().clamp(-12, 6)
+        return precise(self.mu(h)), precise(self.logvar(h)).clamp(-12, 6)
+
+
+def precise(x):
+    """At least fp32: what is exponentiated or summed must not stay bf16."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def gaussian_logp(z, mu, logvar):
@@ -200,7 +205,7 @@ class Thought:
     mu: torch.Tensor           # (B, N, c, d)
     logvar: torch.Tensor | None
     steps: torch.Tensor        # (B,)
-    stop_logits: torch.Tensor | None  # (B, N or N + 1, 2) at the first latent of each step
+    stop_logits: torch.Tensor | None  # (B, N + 1, 2) at the first latent of each step, and of the next
     stop_z: torch.Tensor | None  # (B, d) the dropped latent at which the row stopped
     stopped: torch.Tensor      # (B,) bool: chose to stop (False: ran into the limit)
 
@@ -244,7 +249,7 @@ def generate(model, h, cache, eos_id, max_tokens, uniform=None, temperature=1.0)
     alive = torch.ones(len(h), dtype=torch.bool, device=h.device)
     tokens, logps, lives = [], [], []
     for i in range(max_tokens):
-        logp = F.log_softmax(model.logits(h).float() / temperature, dim=-1)
+        logp = F.log_softmax(precise(model.logits(h)) / temperature, dim=-1)
         if uniform is None:
             token = logp.argmax(dim=-1)
         else:
@@ -297,54 +302,54 @@ class LatentReasoner(nn.Module):
         mu, logvar = self.latent_head(h)
         return mu, logvar if self.config.vae else None
 
+    def draw(self, h, eps):
+        """z, mu, logvar (B, d) of the latent after hidden state h; eps (B, d), or None for z = mu."""
+        mu, logvar = self.latent(h)
+        return mu if logvar is None or eps is None else mu + torch.exp(0.5 * logvar) * eps, mu, logvar
+
     def think(self, h, cache, steps=None, max_steps=None, noise=None):
         """The chain of latents, one position at a time, from h (B, d) at <|start-latent|>.
 
         steps (B,) with its maximum `max_steps` as a number: how many steps each row gets (training), else
         the stop head decides (a fixed number without one). noise: for rows of latents (B, K, c, d) alone,
         or a Noise for sampled stops too; None: z = mu and stop where p(stop) > 1/2."""
-        K, c = self.config.max_steps, self.config.thoughts_per_step
+        K, c, dtype = self.config.max_steps, self.config.thoughts_per_step, self.policy.embed_tokens.weight.dtype
         decide = steps is None and self.stop_head is not None
         if steps is None and not decide:
             steps, max_steps = torch.full((len(h),), K, device=h.device), K
         eps = noise.latent if isinstance(noise, Noise) else noise
         zs, mus, logvars, stop_logits, lives = [], [], [], [], []
         alive = torch.ones(len(h), dtype=torch.bool, device=h.device)
-        stopped, stop_z = torch.zeros_like(alive), torch.zeros_like(h, dtype=torch.float32)
-        for k in range(K if decide or self.stop_head is not None else max_steps):
+        stopped, stop_z = torch.zeros_like(alive), torch.zeros_like(precise(h))
+        for k in range(K if self.stop_head is not None else max_steps):
+            z, mu, logvar = self.draw(h, None if eps is None else eps[:, k, 0])
+            if self.stop_head is not None:
+                stop_logits.append(precise(self.stop_head(z.to(dtype))))
+            if decide:
+                p = stop_logits[-1].softmax(dim=-1)[:, 1]
+                stop = alive & (p > (noise.stop[:, k] if isinstance(noise, Noise) else 0.5))
+                stopped, stop_z = stopped | stop, torch.where(stop[:, None], precise(z), stop_z)
+                alive = alive & ~stop
+                if not bool(alive.any()):
+                    break
+            else:
+                alive = k < steps
+                if k == max_steps:  # this latent was only there for the stop head to look at
+                    break
+            lives.append(alive)
             for j in range(c):
-                mu, logvar = self.latent(h)
-                z = mu
-                if logvar is not None and eps is not None:
-                    z = mu + torch.exp(0.5 * logvar) * eps[:, k, j]
-                if j == 0:
-                    if self.stop_head is not None:
-                        stop_logits.append(self.stop_head(z).float())
-                    if decide:
-                        p = stop_logits[-1].softmax(dim=-1)[:, 1]
-                        stop = alive & (p > (noise.stop[:, k] if isinstance(noise, Noise) else 0.5))
-                        stopped, stop_z = stopped | stop, torch.where(stop[:, None], z.float(), stop_z)
-                        alive = alive & ~stop
-                        if not bool(alive.any()):
-                            break
-                    else:
-                        alive = k < steps
-                        if k == max_steps:  # this latent was only there for the stop head to look at
-                            break
-                    lives.append(alive)
+                if j > 0:
+                    z, mu, logvar = self.draw(h, None if eps is None else eps[:, k, j])
                 zs.append(z)
                 mus.append(mu)
                 logvars.append(logvar)
-                z = z.to(self.policy.embed_tokens.weight.dtype)
-                h = self.policy.hidden(embeds=z[:, None], cache=cache, valid=alive[:, None])[:, 0]
-            else:
-                continue
-            break
-        stack = lambda rows: torch.stack(rows, dim=1).unflatten(1, (-1, c))
-        empty = h.new_zeros(len(h), 0, c, h.shape[1])
-        return Thought(stack(zs) if zs else empty, stack(mus) if zs else empty,
-                       stack(logvars) if zs and logvars[0] is not None else None,
-                       torch.stack(lives, dim=1).sum(dim=1) if zs else torch.zeros(len(h), dtype=torch.long, device=h.device),
+                h = self.policy.hidden(embeds=z.to(dtype)[:, None], cache=cache, valid=alive[:, None])[:, 0]
+        N = len(lives)
+        stack = lambda rows: torch.stack(rows, dim=1).unflatten(1, (N, c)) if N else h.new_zeros(len(h), 0, c, h.shape[1])
+        if len(stop_logits) == N and N:
+            stop_logits.append(torch.zeros_like(stop_logits[0]))  # nothing was decided there
+        return Thought(stack(zs), stack(mus), stack(logvars) if self.config.vae else None,
+                       sum(live.long() for live in lives) if N else torch.zeros_like(alive, dtype=torch.long),
                        torch.stack(stop_logits, dim=1) if stop_logits else None,
                        stop_z if self.stop_head is not None else None, stopped)
 
@@ -360,16 +365,15 @@ class LatentReasoner(nn.Module):
             thought = self.think(last(h, batch.prefix_valid), cache, batch.steps, batch.max_steps, batch.noise)
             h = self.policy.hidden(batch.text, cache=cache, valid=batch.text_valid)
             if self.stop_head is not None:
-                N = thought.stop_logits.shape[1]  # K where the longest plan has K steps, else one more than steps
-                ce = F.cross_entropy(thought.stop_logits.flatten(0, 1), batch.stop_targets[:, :N].flatten(), reduction="none")
-                losses["stop"] = (ce * batch.stop_weight[:, :N].flatten()).sum()
+                ce = F.cross_entropy(thought.stop_logits.flatten(0, 1), batch.stop_targets.flatten(), reduction="none")
+                losses["stop"] = (ce * batch.stop_weight.flatten()).sum()
             if thought.logvar is not None:
                 losses["kl"] = (gaussian_kl(thought.mu, thought.logvar).mean(dim=2) * batch.step_weight).sum()
             if self.decoder is not None:
                 losses["decode"] = self.decode_loss(thought.z, batch)
         at = batch.targets >= 0
         logits = self.policy.logits(h[at])  # the vocabulary only where a token is asked for
-        losses["answer"] = F.cross_entropy(logits.float(), batch.targets[at], reduction="sum") * batch.token_weight
+        losses["answer"] = F.cross_entropy(precise(logits), batch.targets[at], reduction="sum") * batch.token_weight
         return losses
 
     def decode_loss(self, z, batch):
@@ -378,7 +382,7 @@ class LatentReasoner(nn.Module):
         inputs = torch.cat((z[batch.decode_index].to(embed.weight.dtype), embed(batch.decode[:, :-1])), dim=1)
         h = self.decoder.hidden(embeds=inputs)[:, z.shape[2] - 1:]
         at = batch.decode_weight > 0
-        ce = F.cross_entropy(self.decoder.logits(h[at]).float(), batch.decode[at], reduction="none")
+        ce = F.cross_entropy(precise(self.decoder.logits(h[at])), batch.decode[at], reduction="none")
         return (ce * batch.decode_weight[at]).sum()
 
     @torch.no_grad()
@@ -411,7 +415,7 @@ class LatentReasoner(nn.Module):
             sigma = float((t.logvar * 0.5).exp()[used].mean()) if bool(used.any()) else 0.0
         if t.stop_logits is not None:
             stop_logp = stop_terms(t.stop_logits, t.steps, t.stopped)
-        return Rollout(prefix, valid, group, t.z.float(), t.steps, t.stopped, t.stop_z, tokens, lengths, latent_logp,
+        return Rollout(prefix, valid, group, precise(t.z), t.steps, t.stopped, t.stop_z, tokens, lengths, latent_logp,
                        stop_logp, token_logp, sigma)
 
     @torch.no_grad()

@@ -40,7 +40,7 @@ def examples(n, seed=0, steps=(1, 5)):
 
 def read(model, embeds):
     """Last hidden state of a list of embeddings, one uncached pass."""
-    return model.hidden(embeds=torch.stack(embeds)[None])[0, -1]
+    return model.hidden(embeds=torch.stack([e.to(model.embed_tokens.weight.dtype) for e in embeds])[None])[0, -1]
 
 
 def embed(model, ids):

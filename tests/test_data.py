@@ -182,9 +182,11 @@ def test_read_svamp(tmp_path):
     ("s.json", json.dumps([{**SVAMP[0], "Equation": "import os"}]), "item 1: 'Equation'"), ("s.json", json.dumps([{**SVAMP[0], "Answer": "x"}]), "item 1: the answer"),
     ("s.json", json.dumps(SVAMP + [{"Body": "x"}]), "item 2: key 'Answer' is missing"), ("s.json", "[" * 10**5, "broken JSON")])
 def test_bad_files(tmp_path, name, content, where):
+    start = time.perf_counter()
     with pytest.raises(ValueError) as error:
         read(tmp_path / name, content)
     one_line(error, tmp_path / name, where)
+    assert time.perf_counter() - start < 2  # "1e999999999" is not written out
 
 
 def test_skip_bad_leaves_out_and_says_so(tmp_path, capsys):
@@ -200,6 +202,8 @@ def test_load_own_file(tmp_path):
     path = write(tmp_path / "own.txt", "".join(f"q{i}||#### {i}\n" for i in range(60)))
     train, valid, test = (data.load(str(path), split) for split in ("train", "valid", "test"))
     assert len(valid) == 3 and train + valid == test and len(test) == 60
+    many = write(tmp_path / "many.txt", "q||#### 1\n" * 12_000)
+    assert len(data.load(str(many), "valid")) == 500 and len(data.load(str(many), "train")) == 11_500
     one = write(tmp_path / "one.txt", "q||#### 1\n")
     assert len(data.load(str(one), "test")) == 1
     for name, split in ((one, "train"), (one, "dev"), ("svamp", "train"), ("nothing", "test")):
@@ -401,7 +405,8 @@ def test_save_and_load(trained, tmp_path):
     one_line(error, "<|none|>")
     assert again.decode([10**6]) == "\ufffd"
     write(tmp_path / "third/config.json", '{"eos_token_id": [1, 0]}')
-    assert Tokenizer.from_pretrained(tmp_path / "third").eos_id == 1
+    third = Tokenizer.from_pretrained(tmp_path / "third")
+    assert third.eos_id == 1 and third.add_special("<|end_of_text|>") == [size + 2] and third.eos_id == 1
     for name, content in (("config.json", '{"eos_token_id": 99999}'), ("config.json", "{"), ("added_tokens.json", "[]"), ("config.json", "[1]"),
                           ("added_tokens.json", '{"<|q|>": 5}'), ("added_tokens.json", '{"<|q|>": "7"}'), ("added_tokens.json", '{"<|x|>": 9999}')):
         for file in ("config.json", "added_tokens.json"):
@@ -473,6 +478,16 @@ def test_bad_tokenizer_json(tmp_path, change, problem):
     with pytest.raises(ValueError) as error:
         Tokenizer.from_pretrained(tmp_path)
     one_line(error, "tokenizer.json", problem)
+
+
+def test_merges_out_of_order_are_refused(tmp_path):
+    hf = tokenizers.Tokenizer(models.BPE({t: i for i, t in enumerate([*data.BYTE_TO_CHAR.values(), "ab", "abc", "bc"])},
+                                         [("ab", "c"), ("b", "c"), ("a", "b")]))  # "abc": bc comes first here, ab + c there
+    hf.pre_tokenizer = pre_tokenizer("gpt2")
+    hf.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError) as error:
+        Tokenizer.from_pretrained(tmp_path)
+    one_line(error, "comes before")
 
 
 def test_missing_and_truncated_tokenizer(tmp_path):

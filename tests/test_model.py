@@ -70,15 +70,17 @@ def seed():
     dict(num_key_value_heads=4), dict(), dict(tied=False), dict(num_key_value_heads=1, head_dim=20, rope=LLAMA3),
     dict(tied=False, head_dim=20, rope=LLAMA3), dict(num_attention_heads=3, num_key_value_heads=1, head_dim=8)],
     ids=["mha", "gqa", "untied", "mqa-llama3", "untied-llama3", "3heads"])
-@pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling", "both"])
 @torch.no_grad()
 def test_reads_what_transformers_wrote(sizes, spelling, tmp_path):
     net = reference(**sizes)
     net.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())["rope_parameters"]
     if spelling == "rope_scaling":  # as published checkpoints have it
         edit(tmp_path / "config.json", {"rope_parameters": ..., "rope_theta": 500.0, "rope_scaling": sizes.get("rope")})
-    else:
-        assert "rope_parameters" in json.loads((tmp_path / "config.json").read_text())
+    elif spelling == "both":  # they disagree: transformers goes by rope_scaling
+        edit(tmp_path / "config.json", {"rope_parameters": {"rope_theta": 9.0}, "rope_scaling": written})
+    assert LlamaConfig.from_pretrained(tmp_path).rope_parameters == written
     ours, tokens = LLaMA.from_pretrained(tmp_path), random_tokens(2, 120)  # past the original context of 64
     assert_close(ours.inv_freq, net.model.rotary_emb.inv_freq)
     assert_close(ours(tokens), net(tokens).logits, atol=1e-4, rtol=1e-4)
@@ -112,10 +114,10 @@ def test_rope_table_is_never_rounded():
 @torch.no_grad()
 def test_smollm2():
     path = os.environ["SMOLLM2_DIR"]
-    net, tokens = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32), random_tokens(2, 100, vocab=49152)
+    net, tokens = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32), random_tokens(1, 24, vocab=49152)
     want, ours = net(tokens).logits, LLaMA.from_pretrained(path)
-    cache, half = KVCache(), 50
-    parts = [ours(tokens[:, :half], cache=cache), ours(tokens[:, half:-1], cache=cache), ours(tokens[:, -1:], cache=cache)]
+    cache, half = KVCache(), 16
+    parts = [ours(part, cache=cache) for part in (tokens[:, :half], tokens[:, half:-1], tokens[:, -1:])]
     for got in (ours(tokens), torch.cat(parts, dim=1)):
         assert (got - want).abs().max() < 1e-4 * want.abs().max()
 
@@ -212,7 +214,7 @@ def test_activation_checkpointing(cached):
 
 # --- the cache: whatever the split, padding and grouping, the result is that of plain uncached passes ---
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(st.data())
 def test_cache_equals_uncached(data):
     draw = lambda low, high: data.draw(st.integers(low, high))
@@ -262,7 +264,8 @@ def test_invalid_columns_leak_nothing():
     out = net(embeds=prefix, cache=cache, valid=real)[real].sum()
     cache.expand(2)
     for t in range(3):
-        out = out + net(embeds=tail[:, t:t + 1], cache=cache, valid=valid[:, t:t + 1], at=valid[:, t:t + 1]).square().sum()
+        mask = valid[:, t:t + 1]
+        out = out + net(embeds=tail[:, t:t + 1], cache=cache, valid=mask, at=mask).square().sum()
     for x, mask in zip(torch.autograd.grad(out, (prefix, tail)), (real, valid)):
         assert x[~mask].eq(0).all() and x[mask].ne(0).any(dim=-1).all() and x.isfinite().all()
 
@@ -274,7 +277,7 @@ class Chain(torch.nn.Module):
         super().__init__()
         self.net, self.cached = net, cached
 
-    def forward(self, embeds, steps=3):
+    def forward(self, embeds, steps=2):
         cache, x = KVCache() if self.cached else None, embeds
         h = self.net.hidden(embeds=embeds, cache=cache)[:, -1:]
         for _ in range(steps):
@@ -342,27 +345,30 @@ def refused(path, *words, error=ValueError):
 
 SIZE_KEYS = [k for k in SIZES if k != "rms_norm_eps"]
 ROPE = {"rope_theta": 500.0, "rope_type": "default"}
+OTHER_ROPE = ("yarn", "linear", "dynamic", "longrope")
+BAD_NUMBERS = ("8", None, True, 0, -1.0, [1], math.nan, math.inf, 10**400)
 
 
 @pytest.mark.parametrize("change, word", [
-    ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"), ({"hidden_act": "gelu"}, "hidden_act"),
-    ({"hidden_act": None}, "hidden_act"), ({"model_type": "mistral"}, "mistral"), ({"model_type": ...}, "model_type"),
-    ({"model_type": None}, "model_type"), ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
-    *[({"rope_parameters": {**ROPE, "rope_type": kind, "factor": 2.0}}, kind) for kind in ("yarn", "linear", "dynamic")],
-    *[({"rope_parameters": ..., "rope_scaling": {"type": kind, "factor": 2.0}}, kind) for kind in ("yarn", "linear")],
-    ({"rope_parameters": ..., "rope_scaling": "llama3"}, "rope_scaling"), ({"rope_parameters": "llama3"}, "rope_parameters"),
-    ({"rope_parameters": [1]}, "rope_parameters"), ({"rope_parameters": {**ROPE, "rope_type": ["llama3"]}}, "rope_type"),
+    ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
+    ({"hidden_act": "gelu"}, "hidden_act"), ({"hidden_act": None}, "hidden_act"),
+    ({"model_type": "mistral"}, "mistral"), ({"model_type": ...}, "model_type"), ({"model_type": None}, "model_type"),
+    ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+    *[({"rope_parameters": {**ROPE, "rope_type": kind, "factor": 2.0}}, kind) for kind in OTHER_ROPE],
+    *[({"rope_parameters": ..., "rope_scaling": {"type": kind, "factor": 2.0}}, kind) for kind in OTHER_ROPE],
+    *[({key: value}, key) for key in ("rope_parameters", "rope_scaling") for value in ("llama3", "", [1], 0)],
+    ({"rope_parameters": {**ROPE, "rope_type": ["llama3"]}}, "rope_type"),
     ({"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     *[({"rope_parameters": {k: v for k, v in {**ROPE, **LLAMA3}.items() if k != key}}, key)
       for key in LLAMA3 if key != "rope_type"],
-    *[({"rope_parameters": {**ROPE, **LLAMA3, "factor": value}}, "factor") for value in ("8", None, True, 0, -1, math.inf)],
+    *[({"rope_parameters": {**ROPE, **LLAMA3, "factor": value}}, "factor") for value in BAD_NUMBERS],
     ({"rope_parameters": {**ROPE, **LLAMA3, "low_freq_factor": 4.0}}, "low_freq_factor"),
-    *[({"rope_parameters": {"rope_theta": value}}, "rope_theta") for value in ("1e4", None, True, 0, -1.0, [1], 10**400)],
+    *[({"rope_parameters": {"rope_theta": value}}, "rope_theta") for value in BAD_NUMBERS],
+    *[({"rms_norm_eps": value}, "rms_norm_eps") for value in BAD_NUMBERS],
     *[({key: value}, key) for key in SIZE_KEYS for value in ("64", True, 24.0, 0, -24, [24], 2**40, 10**9, 10**400)],
     *[({key: None}, key) for key in SIZE_KEYS if key not in ("head_dim", "num_key_value_heads")],
     *[({key: ...}, key) for key in SIZE_KEYS[:5]],
-    *[({"rms_norm_eps": value}, "rms_norm_eps") for value in ("1e-5", None, True, 0, math.nan, 10**400)],
     *[({"tie_word_embeddings": value}, "tie_word_embeddings") for value in ("false", None, 0, [])],
     *[({"eos_token_id": value}, "eos_token_id") for value in ("2", True, 2.0, [2, "3"], {})],
     ({"bos_token_id": "1"}, "bos_token_id"), ({"bos_token_id": [1]}, "bos_token_id"),
@@ -380,14 +386,16 @@ def test_refused_config(whole, change, word):
     ({"vocab_size": 2**24}, "embed_tokens"), ({"hidden_size": 2**24}, "embed_tokens"),
     ({"intermediate_size": 2**24}, "mlp"), ({"intermediate_size": 41}, "mlp"),
     ({"num_hidden_layers": 4}, "model.layers.3."), ({"num_hidden_layers": 2}, "model.layers.2."),
-    ({"num_key_value_heads": None}, "k_proj"), ({"num_key_value_heads": 4}, "k_proj"), ({"head_dim": 8}, "q_proj")], ids=str)
+    ({"num_key_value_heads": None}, "k_proj"), ({"num_key_value_heads": 4}, "k_proj"),
+    ({"head_dim": 8}, "q_proj")], ids=str)
 def test_refused_config_for_other_weights(whole, change, word):
     edit(whole / "config.json", change)
     refused(whole, word)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'"llama"', b"null", b"\xff\xfe", b"[" * 10**5, b'{"a": ' + b"1" * 5000 + b"}"],
-                         ids=lambda b: repr(b[:8]))
+@pytest.mark.parametrize("content", [
+    b"", b"{", b"[1]", b'"llama"', b"null", b"\xff\xfe", b"[" * 10**5, b'{"vocab_size": ' + b"1" * 5000 + b"}"],
+    ids=lambda b: repr(b[:8]))
 def test_refused_config_text(whole, content):
     (whole / "config.json").write_bytes(content)
     refused(whole, "config.json")
@@ -402,7 +410,8 @@ def test_refused_paths(whole):
 
 @pytest.mark.parametrize("name, tensor", [
     ("model.norm.weight", None), ("lm_head.weight", None), ("model.layers.1.mlp.up_proj.weight", None),
-    ("model.layers.0.self_attn.q_proj.bias", torch.zeros(24)), ("model.layers.7.mlp.up_proj.weight", torch.zeros(40, 24)),
+    ("model.layers.0.self_attn.q_proj.bias", torch.zeros(24)),
+    ("model.layers.7.mlp.up_proj.weight", torch.zeros(40, 24)),
     ("a\nb", torch.zeros(1)), ("model.norm.weight", torch.ones(23)), ("model.norm.weight", torch.ones(24, 1)),
     ("model.norm.weight", torch.tensor(1.0)), ("model.norm.weight", torch.ones(24, dtype=torch.int64)),
     ("model.norm.weight", torch.ones(24).to(torch.float8_e4m3fn)), ("model.norm.weight", torch.ones(24).bool())])
@@ -415,7 +424,8 @@ def test_refused_tensor(whole, name, tensor):
 
 
 @pytest.mark.parametrize("damage", [
-    lambda b: b"", lambda b: b[:4], lambda b: b[:100], lambda b: b[:-1], lambda b: b + b"\0", lambda b: b"\xff" * len(b),
+    lambda b: b"", lambda b: b[:4], lambda b: b[:100], lambda b: b[:-1], lambda b: b + b"\0",
+    lambda b: b"\xff" * len(b),
     lambda b: (2**62).to_bytes(8, "little") + b[8:], lambda b: b[:8] + b"\xff" * 40 + b[48:],
     lambda b: (2).to_bytes(8, "little") + b"[]", lambda b: b.replace(b'"F32"', b'"X32"', 1)])
 def test_refused_safetensors(whole, damage):
@@ -430,7 +440,8 @@ def test_refused_whole_file_is_a_directory(whole):
     refused(whole, "model.safetensors")
 
 
-@pytest.mark.parametrize("shard", ["../x.safetensors", "sub/x.safetensors", "..", ".", "", "a\0b", "..\\x", 3, None, ["x"], "ABSOLUTE"])
+@pytest.mark.parametrize("shard", [
+    "../x.safetensors", "sub/x.safetensors", "..", ".", "", "a\0b", "..\\x", 3, None, ["x"], "ABSOLUTE"])
 def test_refused_shard_name(shards, shard):
     table = shards / "model.safetensors.index.json"
     weight_map = json.loads(table.read_text())["weight_map"]
@@ -453,7 +464,8 @@ def test_refused_weight_map(shards, change):
 def test_refused_shards(shards):
     table = shards / "model.safetensors.index.json"
     weight_map = json.loads(table.read_text())["weight_map"]
-    name, shard = next(iter(weight_map.items()))
+    shards_of = list(weight_map.values())
+    name, shard = next((n, s) for n, s in weight_map.items() if shards_of.count(s) > 1)  # it stays in the index
     other = next(s for s in weight_map.values() if s != shard)
     edit(table, {"weight_map": {**weight_map, name: other}})
     refused(shards, other, name)
@@ -470,6 +482,7 @@ MEMORY = """
 import sys, torch
 from model import LLaMA
 status = lambda key: next(int(l.split()[1]) / 1024 for l in open("/proc/self/status") if l.startswith(key))
+LLaMA.from_pretrained(sys.argv[2])  # what the first use of torch and safetensors costs is not counted
 for dtype in (torch.bfloat16, torch.float32):
     before = status("VmRSS:")
     net = LLaMA.from_pretrained(sys.argv[1], dtype=dtype)
@@ -482,15 +495,16 @@ for dtype in (torch.bfloat16, torch.float32):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_loading_holds_no_second_copy(tmp_path):
     """Peak growth in a fresh process (VmHWM: ru_maxrss would start from this process's own peak)."""
-    config = LLaMAConfig(64000, 1024, 2048, 4, 16, 16, 64)
+    config = LLaMAConfig(50000, 1024, 2048, 3, 16, 16, 64)
     with torch.device("meta"):
         net = LLaMA(config)
-    values = {n: torch.rand(p.shape, dtype=torch.bfloat16) for n, p in net.named_parameters()}
+    values = {n: torch.ones(p.shape, dtype=torch.bfloat16) for n, p in net.named_parameters()}
     model.save_tensors({LLaMA.disk_name(n): p for n, p in values.items()}, tmp_path / "model.safetensors")
     model.write_json(tmp_path / "config.json", config.to_dict())
-    done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], capture_output=True, text=True, check=True,
-                          cwd=Path(model.__file__).parent)
+    small().save_pretrained(tmp_path / "small")
+    done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path, tmp_path / "small"], capture_output=True, text=True,
+                          check=True, cwd=Path(model.__file__).parent)
     for line in done.stdout.splitlines():
         size, growth = map(float, line.split())
-        assert size > 150 and growth < 1.25 * size + 40, done.stdout
+        assert size > 100 and growth < 1.25 * size + 40, done.stdout
     assert len(done.stdout.splitlines()) == 2

@@ -1,0 +1,160 @@
+"""Rewards, advantages and the objective against closed forms, autograd and naive rollouts."""
+
+import math
+from dataclasses import replace
+
+import naive
+import pytest
+import torch
+from data import Example
+from rl import LogProbs, advantages, coherence, objective, score
+from vae import Noise
+
+S = "<<48/2=24>>"
+
+
+@pytest.mark.parametrize("steps, answer, want", [
+    ([S, "<<48+24=72>>"], "72", 1.0),
+    ([S, "<<48+24=72>>"], "24", 0.5),          # the last result is not the answer
+    (["<<1+4=5>>", "<<15+2=17>>"], "17", 0.5),  # 5 is no operand of 15+2, though a substring
+    (["<<10/4=2.5>>", "<<2.50*2=5>>"], "5.0", 1.0),  # numbers as numbers
+    (["<<1,000+1=1001>>", "<<1001-1=1000>>"], "1,000", 1.0),
+    (["nonsense", "<<48+24=72>>"], "72", 0.5),  # an unparsable step is incoherent
+    ([S, "nonsense"], "72", 0.0),              # and is no consumer either
+    ([S, "<<1+1=2>>", "<<24+2=26>>"], "26", 1.0),  # some later step, not just the next
+    (["<<24+1=25>>", S], "24", 0.5),           # an earlier step is no later step
+    ([S], "24", 1.0), ([S], None, 0.0), ([], "72", 0.0), ([], None, 0.0),
+])
+def test_coherence(steps, answer, want):
+    assert coherence(steps, answer) == want
+
+
+def test_advantages():
+    r = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.5, 0.5, 0.5, 0.5])
+    a = advantages(r, 4)
+    assert torch.allclose(a, torch.tensor([1.0, -1, -1, 1, 0, 0, 0, 0]), atol=1e-3)
+    assert advantages(r, 4, std=False).tolist() == [0.5, -0.5, -0.5, 0.5, 0, 0, 0, 0]
+    x = torch.randn(6, 8)
+    torch.testing.assert_close(advantages(x.flatten(), 8).view(6, 8), (x - x.mean(1, True)) / (x.std(1, correction=0, keepdim=True) + 1e-4))
+
+
+class Words:
+    """A tokenizer in which ids stand for fixed texts."""
+
+    texts = {1: "### ", 2: "72", 3: "24", 4: "<<48/2=24>>", 5: "<<48+24=72>>", 6: "no"}
+
+    def decode(self, ids):
+        return "".join(self.texts[i] for i in ids)
+
+
+def fake(tokens, plans, group=2):
+    """A stand-in for a model and its rollout: answers and decoded plans are given."""
+    class Model:
+        config, decoder = type("C", (), {"eos_id": 0}), object()
+        decode_steps = staticmethod(lambda z, steps: plans)
+    width = max(map(len, tokens))
+    rollout = type("R", (), dict(
+        group=group, z=None, steps=None, lengths=torch.tensor([len(t) for t in tokens]),
+        tokens=torch.tensor([t + [0] * (width - len(t)) for t in tokens])))
+    return Model(), rollout
+
+
+def test_score():
+    example = Example("q", (S, "<<48+24=72>>"), "72", "x:1")
+    tokens = [[1, 2, 0], [1, 3, 0], [6, 1, 2, 0], [1, 2]]  # right, wrong, right but malformed, right but never ended
+    model, rollout = fake(tokens, [[[4], [5]], [[4], [5]], [[4], [6]], []], group=4)
+    got = score(model, rollout, [example], Words(), 1.0, 0.5, 0.1)
+    assert got.correct.tolist() == [1, 0, 1, 1]
+    assert got.well_formed.tolist() == [1, 1, 0, 0]
+    assert got.coherence.tolist() == [1.0, 0.5, 0.0, 0.0]
+    torch.testing.assert_close(got.reward, torch.tensor([1.6, 0.5, 1.0, 1.0]))
+    # coherence only: no label is used, so another label changes nothing
+    a = score(model, rollout, [example], Words(), 0.0, 0.5, 1.0).reward
+    b = score(model, rollout, [replace(example, answer="5")], Words(), 0.0, 0.5, 1.0).reward
+    assert a.tolist() == b.tolist() == [1.5, 1.0, 0.0, 0.0]
+
+
+def make(method="atp", group=3, K=3, seed=3, temperature=1.0, questions=4, **parts):
+    model = naive.tiny(method, K=K, seed=seed, **parts)
+    noise = Noise.draw(questions * group, model.config, 16, 5, torch.Generator().manual_seed(2))
+    return model, model.rollout([e.question for e in naive.examples(questions)], group, noise, 5, temperature)
+
+
+@pytest.mark.parametrize("method, parts", [("atp", {}), ("atp", {"stop": False}), ("atp", {"vae": False}), ("simcot", {}), ("nocot", {})])
+@pytest.mark.parametrize("temperature", (1.0, 0.5))
+def test_teacher_forced_equals_rollout(method, parts, temperature):
+    """One parallel pass gives the log-probabilities that were recorded one position at a time."""
+    model, rollout = make(method, temperature=temperature, **parts)
+    if method == "atp" and not parts:
+        assert len(set(rollout.steps.tolist())) > 2
+    latent, stop, token = LogProbs(model, temperature)(rollout)
+    torch.testing.assert_close(token, rollout.token_logp, atol=2e-4, rtol=1e-4)
+    for got, want in ((latent, rollout.latent_logp), (stop, rollout.stop_logp)):
+        assert (got is None) == (want is None)
+        if got is not None:
+            torch.testing.assert_close(got, want, atol=3e-3, rtol=1e-4)
+
+
+def test_teacher_forced_on_parts_of_groups():
+    model, rollout = make(group=4)
+    whole = LogProbs(model)(rollout)
+    rows = torch.tensor([0, 1, 4, 5, 8, 9, 12, 13])
+    for got, want in zip(LogProbs(model)(rollout.rows(rows)), whole):
+        torch.testing.assert_close(got, want[rows], atol=1e-4, rtol=1e-4)
+
+
+def test_first_gradient_is_the_policy_gradient():
+    """At ratio 1 the objective's gradient is that of the mean of advantage x (mean log-density of latent terms and
+    stop + mean log-probability of answer tokens), written here as a loop over rows."""
+    model, rollout = make()
+    advantage = torch.randn(12)
+    loss, stats = objective(LogProbs(model)(rollout), rollout, advantage, 12)
+    loss.backward()
+    assert stats["clip_frac"] == 0 and math.isclose(stats["ratio_max"], 1, abs_tol=1e-2)
+    got = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    latent, stop, token = LogProbs(model)(rollout)
+    total = 0
+    for b in range(12):
+        n, m = int(rollout.steps[b]), int(rollout.lengths[b])
+        terms = [latent[b, k, j] + (stop[b, k] if j == 0 else 0) for k in range(n) for j in range(2)]
+        if rollout.stopped[b]:
+            terms.append(stop[b, n])
+        total = total - advantage[b] * (sum(terms) / len(terms) + token[b, :m].mean()) / 12
+    total.backward()
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(got[name], p.grad, atol=2e-3, rtol=2e-2, msg=lambda m: f"{name}: {m}")
+    assert "stop_head.0.weight" in got and "latent_head.logvar.weight" in got
+    assert not any(n.startswith("decoder") for n in got)
+
+
+def test_clipping():
+    """min(ratio A, clip(ratio) A) of a single answer token, and the clamp of the log-ratio."""
+    _, rollout = make("nocot", group=2, questions=1)
+    rollout = replace(rollout, tokens=rollout.tokens[:, :1], lengths=torch.ones(2, dtype=torch.long), token_logp=torch.zeros(2, 1))
+    for a, diff, want in [(1, 0.1, math.exp(0.1)), (1, 0.5, 1.2), (1, -0.5, math.exp(-0.5)), (-1, 0.5, -math.exp(0.5)),
+                          (-1, -0.5, -0.8), (-1, 9.0, -math.exp(3))]:
+        new = torch.full((2, 1), diff, requires_grad=True)
+        loss, stats = objective((None, None, new), rollout, torch.full((2,), float(a)), 2)
+        assert math.isclose(float(loss), -want, rel_tol=1e-5)
+        loss.backward()
+        assert (float(new.grad.abs().sum()) == 0) == (want in (1.2, -0.8) or diff == 9.0)
+        assert stats["clip_frac"] == float(abs(math.exp(min(diff, 3)) - 1) > 0.2)
+
+
+def test_latent_mean_and_coef():
+    model, rollout = make()
+    new = [x.detach() + 0.16 if x is not None else None for x in LogProbs(model)(rollout)]
+    base = (rollout.latent_logp, rollout.stop_logp, rollout.token_logp)
+    advantage = torch.ones(12)
+    f = lambda latent, **kw: float(objective((latent, base[1], base[2]), rollout, advantage, 12, **kw)[0])
+    shifted = rollout.latent_logp + 0.16
+    has = rollout.steps > 0
+    share = lambda gain: -(1 + torch.where(has, 1 + gain * (rollout.steps * 2) / (rollout.steps * 2 + rollout.stopped), 1.0)).mean().item()
+    none = torch.where(has | rollout.stopped, 1.0, 0.0)
+    assert bool((none == 1).all())
+    assert math.isclose(f(shifted), share(math.exp(0.16) - 1), rel_tol=1e-4)
+    assert math.isclose(f(shifted, latent_mean=True), share(math.exp(0.01) - 1), rel_tol=1e-4)
+    assert math.isclose(f(base[0], latent_coef=0.5), -1.5, rel_tol=1e-4)
+    assert new is not None

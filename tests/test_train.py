@@ -1,0 +1,239 @@
+"""Training and evaluation from the command line: processes, accumulation, resume, settings, user errors."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from data import builtin, load
+from eval import find_checkpoint
+from eval import main as evaluate
+from safetensors.torch import load_file
+from train import Config, batch_indices, check, curriculum, parse, resolve
+from train import main as train
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ["--hidden_size", "16", "--layers", "1", "--heads", "2", "--intermediate_size", "24", "--batch_size", "8",
+         "--micro_batch", "8", "--max_steps", "3", "--eval_every", "0", "--eval_size", "4", "--log_every", "1",
+         "--threads", "1", "--warmup", "2", "--questions_per_step", "4", "--group", "4", "--minibatch", "8",
+         "--rl_lr", "1e-3", "--rl_warmup", "1"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Some built-in questions as a file in GSM8K-Aug's format."""
+    file = tmp_path_factory.mktemp("data") / "questions.txt"
+    file.write_text("".join(f"{e.question}||{' '.join(e.steps)} #### {e.answer}\n" for e in builtin("in_dist", "test")[:60]))
+    return str(file)
+
+
+def command(out, data, *flags, stage="vae"):
+    return [*SMALL, "--stage", stage, "--out_dir", str(out), "--data", data, *flags]
+
+
+def weights(out, stage):
+    ckpt = find_checkpoint(Path(out) / stage)
+    files = sorted(ckpt.rglob("*.safetensors"))
+    assert len(files) == 4  # policy, decoder, heads, optimizer
+    return {f"{f.relative_to(ckpt)}:{k}": v for f in files for k, v in load_file(f).items()}
+
+
+def assert_same(a, b, exact=False):
+    assert a.keys() == b.keys()
+    for k in a:
+        torch.testing.assert_close(a[k], b[k], msg=lambda m: f"{k}: {m}", **(dict(atol=0, rtol=0) if exact else dict(atol=2e-5, rtol=1e-3)))
+
+
+def torchrun(n, *args, check=True):
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", "--master_addr=127.0.0.1",
+                           f"--master_port={20000 + os.getpid() % 20000}", str(ROOT / "train.py"), *args],
+                          check=check, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory, data):
+    out = tmp_path_factory.mktemp("vae")
+    train(command(out, data, "--max_iters", "8"))
+    return out
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory, data):
+    """Trained until some answers are well formed and some are not: rewards differ within groups."""
+    out = tmp_path_factory.mktemp("warm")
+    train(command(out, data, "--max_iters", "120", "--lr", "1e-2", "--cot_lr", "1e-2"))
+    return out
+
+
+@pytest.fixture(scope="module")
+def rl(tmp_path_factory, warm, data):
+    out = tmp_path_factory.mktemp("rl")
+    train(command(out, data, "--init", str(warm), "--max_iters", "3", stage="rl"))
+    return out
+
+
+def test_rl_moves_all_but_the_decoder(warm, rl):
+    before, after = weights(warm, "vae"), weights(rl, "rl")
+    moved = {k.split(":")[0] + ("" if "heads" not in k else k.split(":")[1].split(".")[0]) for k in before
+             if not k.startswith("optimizer") and not before[k].equal(after[k])}
+    assert moved == {"model.safetensors", "heads.safetensorslatent_head", "heads.safetensorsstop_head"}
+
+
+@pytest.mark.parametrize("stage", ("vae", "rl"))
+def test_two_processes_equal_one(tmp_path, vae, warm, rl, data, stage):
+    """Same global batch, same rollouts: the same parameters and optimizer state after several steps."""
+    flags = ["--max_iters", "8"] if stage == "vae" else ["--max_iters", "3", "--init", str(warm)]
+    torchrun(2, *command(tmp_path, data, *flags, stage=stage))
+    assert_same(weights(tmp_path, stage), weights(vae if stage == "vae" else rl, stage))
+
+
+@pytest.mark.parametrize("stage", ("vae", "rl"))
+def test_accumulation_changes_nothing(tmp_path, vae, warm, rl, data, stage):
+    flags = ["--max_iters", "8"] if stage == "vae" else ["--max_iters", "3", "--init", str(warm)]
+    train(command(tmp_path, data, *flags, "--micro_batch", "3", stage=stage))
+    assert_same(weights(tmp_path, stage), weights(vae if stage == "vae" else rl, stage))
+
+
+@pytest.mark.parametrize("stage", ("vae", "rl"))
+def test_resume_after_kill_equals_no_kill(tmp_path, vae, warm, rl, data, stage):
+    flags = ["--max_iters", "8"] if stage == "vae" else ["--max_iters", "3", "--init", str(warm)]
+    args = command(tmp_path, data, *flags, "--save_every", "1", stage=stage)
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *args], stdout=subprocess.DEVNULL)
+    first = tmp_path / stage / "step-0000001"
+    for _ in range(1200):
+        if first.exists() or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert first.exists() or list((tmp_path / stage).glob("step-*"))
+    train([*args, "--resume"])
+    whole = vae if stage == "vae" else rl
+    assert_same(weights(tmp_path, stage), weights(whole, stage), exact=True)
+    steps = lambda out: [json.loads(r)["step"] for r in (Path(out) / stage / "metrics.jsonl").read_text().splitlines()]
+    assert steps(tmp_path) == steps(whole)
+
+
+def test_same_seed_same_weights_other_seed_other_weights(tmp_path, vae, data):
+    train(command(tmp_path / "a", data, "--max_iters", "8"))
+    assert_same(weights(tmp_path / "a", "vae"), weights(vae, "vae"), exact=True)
+    train(command(tmp_path / "b", data, "--max_iters", "8", "--seed", "1"))
+    assert not weights(tmp_path / "b", "vae")["model.safetensors:model.norm.weight"].equal(
+        weights(vae, "vae")["model.safetensors:model.norm.weight"])
+
+
+@pytest.mark.parametrize("method", ("simcot", "coconut", "cot", "nocot"))
+def test_methods_train_and_evaluate(tmp_path, data, method, capsys):
+    train(command(tmp_path, data, "--max_iters", "6", "--method", method))
+    evaluate(["--ckpt", str(tmp_path), "--data", data, "--limit", "5", "--json", str(tmp_path / "x.json")])
+    got = json.loads((tmp_path / "x.json").read_text())
+    assert got["config"]["config"]["method"] == method
+    assert got["benchmarks"][data]["latents"] == {"simcot": 3, "coconut": 3, "cot": 0, "nocot": 0}[method]
+
+
+def test_evaluation_needs_only_the_checkpoint(tmp_path, rl, data, capsys):
+    file = tmp_path / "x.json"
+    evaluate(["--ckpt", str(rl), "--data", data, "easy", "--limit", "7", "--samples", "4", "--explain", "2", "--json", str(file)])
+    got = json.loads(file.read_text())
+    figures = got["benchmarks"][data]
+    assert figures["n"] == 7 and set(figures) == {
+        "n", "accuracy", "tokens", "latents", "coherence", "pass@1", "pass@2", "pass@4", "maj@4"}
+    assert got["checkpoint"].startswith(str(rl)) and got["config"]["config"]["hidden_size"] == 16
+    said = capsys.readouterr().out
+    example = load(data, "test")[0]
+    assert example.question in said and f"reference: {example.steps[0]}" in said and "| mean |" in said
+
+
+def test_checkpoint_opens_in_transformers(vae):
+    from transformers import LlamaForCausalLM
+    ckpt = find_checkpoint(vae)
+    theirs = LlamaForCausalLM.from_pretrained(ckpt, dtype=torch.float32)
+    from vae import LatentReasoner
+    ours = LatentReasoner.from_pretrained(ckpt).policy
+    tokens = torch.randint(0, 400, (2, 9))
+    torch.testing.assert_close(theirs(tokens).logits, ours(tokens), atol=1e-4, rtol=1e-4)
+
+
+def test_rl_continues_settings_of_the_checkpoint(vae):
+    cfg = resolve(parse(["--stage", "rl", "--init", str(vae), "--rl_lr", "1e-5"]))
+    assert (cfg.hidden_size, cfg.max_steps, cfg.group, cfg.rl_lr) == (16, 3, 4, 1e-5)
+
+
+def test_data_order_is_a_function_of_seed_and_step():
+    n, size = 10, 4
+    stream = [i for step in range(10) for i in batch_indices(3, step, n, size)]
+    for epoch in range(4):
+        assert sorted(stream[epoch * n:(epoch + 1) * n]) == list(range(n))
+    assert stream[:n] != stream[n:2 * n]
+    assert batch_indices(3, 7, n, size) == stream[28:32]
+    assert len(batch_indices(0, 0, 3, 8)) == 8  # a data set smaller than the batch
+
+
+def test_curriculum():
+    cfg = Config(cot_epochs=2, epochs_per_stage=1, final_epochs=3, batch_size=10, max_steps=3)
+    assert curriculum(cfg, True, 100) == [(0, 20), (1, 10), (2, 10), (3, 40)]
+    assert curriculum(cfg, False, 100) == [(0, 80)]
+    cfg.max_iters = 8
+    assert curriculum(cfg, True, 100) == [(0, 2), (1, 1), (2, 1), (3, 4)]
+
+
+def run(script, *args):
+    return subprocess.run([sys.executable, str(ROOT / script), *args], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--lr", "fast"], "--lr"), (["--learning_rate", "1"], "--learning_rate"), (["--method", "magic"], "--method"),
+    (["--init", "nowhere"], "nowhere"), (["--stage", "rl", "--out_dir", "nowhere"], "nowhere"), (["--heads", "5"], "--heads"),
+    (["--minibatch", "7"], "--minibatch"), (["--group", "1"], "--group"), (["--lr", "nan"], "--lr"), (["--lr", "-1"], "--lr"),
+    (["--data", "nothing"], "nothing"), (["--stage", "vae", "--data", "gsm8k", "--data_dir", "nowhere"], "data.py gsm8k"),
+    (["--batch_size", "0"], "--batch_size"), (["--resume", "--out_dir", "nowhere"], "nowhere"),
+])
+def test_user_errors_of_train(args, words, capsys, tmp_path, monkeypatch):
+    from eval import run_main
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as e:
+        run_main(lambda: train(args))
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and words in err and err.count("\n") == 1 and err.startswith("error: "), err
+
+
+def test_command_lines_really_exit_2(tmp_path):
+    for script, args in (("train.py", ["--lr", "fast"]), ("eval.py", ["--ckpt", str(tmp_path)])):
+        done = run(script, *args)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_help_lists_every_setting(capsys):
+    with pytest.raises(SystemExit) as e:
+        parse(["--help"])
+    said = capsys.readouterr().out
+    assert e.value.code == 0
+    from dataclasses import fields
+    for f in fields(Config):
+        assert f"--{f.name} " in said
+    check(Config())
+
+
+def test_gradient_that_is_not_finite_stops_before_the_step(tmp_path, data):
+    """The run ends with the step, the loss part and example ids; the last good checkpoint stands."""
+    args = command(tmp_path, data, "--max_iters", "4", "--save_every", "1")
+    import train as module
+    real, calls = module.collate, []
+
+    def poisoned(*a, **kw):
+        batch = real(*a, **kw)
+        calls.append(1)
+        if len(calls) == 3:
+            batch.token_weight = float("nan")
+        return batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "collate", poisoned)
+        with pytest.raises(RuntimeError, match=r"step 3: answer.*not finite.*questions.txt:"):
+            train(args)
+    assert find_checkpoint(tmp_path / "vae").name == "step-0000002"
