@@ -256,11 +256,17 @@ class LLaMA(nn.Module):
         # no buffer: model.bfloat16() must not round it, and no state_dict holds it
         self.inv_freq = rope_frequencies(config)
         self.activation_checkpointing = False
+        self.compiled = None  # see compile_blocks
         std = config.hidden_size ** -0.5  # about the usual 0.02 at d = 2048; a small model needs its own
         for name, p in self.named_parameters():
             if p.dim() > 1:  # GPT-2: scale the residual branches, to keep the stream's variance
                 branch = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=std / math.sqrt(2 * config.num_hidden_layers) if branch else std)
+
+    def compile_blocks(self):
+        """torch.compile of the causal pass, block by block: one graph serves all layers. Passes over a tail stay
+        eager: they are short, and their shapes grow with every step."""
+        self.compiled = [torch.compile(layer, dynamic=True) for layer in self.layers]
 
     def forward(self, tokens=None, embeds=None, cache=None, valid=None, at=None):
         """Logits (B, T, vocab), or (N, vocab) at the N positions where the bool mask `at` (B, T) is set."""
@@ -290,7 +296,7 @@ class LLaMA(nn.Module):
             angles = angles.view(-1, 1, cache.group, 1, T, angles.shape[-1])
         rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         kv = []
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.compiled if self.compiled and past is None else self.layers):
             args = (x, rope, None if past is None else past[i], bias)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x, layer_kv = checkpoint(layer, *args, use_reentrant=False)
@@ -341,6 +347,8 @@ class LLaMA(nn.Module):
             grown = torch.cat((w, row.expand(vocab_size - len(w), -1)))
             module.weight = nn.Parameter(grown)
         self.embed_tokens.num_embeddings = self.config.vocab_size = vocab_size
+        if self.lm_head is not None:
+            self.lm_head.out_features = vocab_size
 
     # --- checkpoints: Hugging Face's layout and names ---
 

@@ -43,13 +43,13 @@ from vae import END, METHODS, START, LatentConfig, LatentReasoner, Noise, collat
 class Config:
     stage: str = "all"  # all (vae, rl, evaluation), cot, vae, or rl
     method: str = "atp"  # atp, simcot, coconut, cot, nocot: parts switched off (README)
-    init: str = ""  # Hugging Face LLaMA directory, or a checkpoint or run folder of ours ("": from nothing; rl: out/vae)
+    init: str = ""  # Hugging Face LLaMA directory, or checkpoint or run folder of ours ("": from nothing; rl: out/vae)
     data: str = "builtin"  # builtin, gsm8k, gsm8k_aug, or a file in one of their formats
     data_dir: str = "data"  # where `python data.py` puts the published files
     out_dir: str = "out"  # runs go to out_dir/vae, out_dir/rl, ...
     resume: bool = False  # go on from the newest checkpoint of the same run
     seed: int = 0  # of weights, data order and samples
-    baseline: bool = True  # stage all: also train a model that answers at once (nocot), to compare in the closing table
+    baseline: int = 2400  # stage all: optimizer steps of an answer-only model (nocot), to compare with (0: none)
     # model from nothing (--init "")
     hidden_size: int = 96  # d
     layers: int = 4  # transformer blocks
@@ -63,14 +63,14 @@ class Config:
     stop: str = "auto"  # stop head: auto, yes, no
     decode: str = "auto"  # decoder and its loss: auto, yes, no
     # supervised stage
-    batch_size: int = 64  # examples an optimizer step, over all processes
+    batch_size: int = 32  # examples an optimizer step, over all processes
     micro_batch: int = 32  # most examples a process takes through the model at once
-    cot_epochs: float = 1.4  # stage 0: text chain of thought (warm start)
-    epochs_per_stage: float = 0.1  # each further stage makes one more step latent
-    final_epochs: float = 2.0  # further epochs with all steps latent
+    cot_epochs: float = 2.4  # stage 0: text chain of thought (warm start)
+    epochs_per_stage: float = 0.08  # each further stage makes one more step latent
+    final_epochs: float = 1.04  # further epochs with all steps latent
     max_iters: int = 0  # scale the whole curriculum (rl: cut) to so many optimizer steps (0: as the epochs say)
-    cot_lr: float = 3e-3  # peak learning rate of stage 0
-    lr: float = 1.5e-3  # peak learning rate of the latent stages
+    cot_lr: float = 2e-3  # peak learning rate of stage 0
+    lr: float = 1e-3  # peak learning rate of the latent stages
     min_lr: float = 0.02  # the cosine ends at this share of the peak
     warmup: int = 50  # steps of linear warm-up of each new optimizer
     weight_decay: float = 0.01  # AdamW, not on norms and biases
@@ -136,22 +136,24 @@ def parse(argv):
         return text.lower() in ("true", "yes", "1")
 
     for f in dataclasses.fields(Config):
-        note = f" (pretrained: {PRETRAINED[f.name]})" if f.name in PRETRAINED else ""
-        p.add_argument(f"--{f.name}", type=boolean if f.type is bool else f.type, choices=CHOICES.get(f.name), default=None,
-                       metavar=f.name.upper() if f.name not in CHOICES else None, **({"nargs": "?", "const": True} if f.type is bool else {}),
+        note = f"; pretrained: {PRETRAINED[f.name]}" if f.name in PRETRAINED else ""
+        kind = dict(type=boolean, nargs="?", const=True) if f.type is bool else dict(type=f.type)
+        p.add_argument(f"--{f.name}", **kind, choices=CHOICES.get(f.name), default=None,
+                       metavar=None if f.name in CHOICES else f.name.upper(),
                        help=f"{help_text[f.name]} [{f.default}{note}]".replace("%", "%%"))
     return {k: v for k, v in vars(p.parse_args(argv)).items() if v is not None}
 
 
 def resolve(given):
-    """The Config of a run: defaults, then those of a pretrained init or of the checkpoint that is continued, then flags."""
+    """The Config of a run: defaults, then those for a pretrained init or of the checkpoint continued, then flags."""
     init = given.get("init", "")
     if not init and given.get("stage") == "rl":
         init = str(Path(given.get("out_dir", "out")) / "vae")
     values = {}
     if init:
         if not Path(init).is_dir():
-            raise FileNotFoundError(f"--init {init}: no such directory" + (" (train it with --stage vae first)" if "init" not in given else ""))
+            mend = "" if "init" in given else " (train it with --stage vae first)"
+            raise FileNotFoundError(f"--init {init}: no such directory{mend}")
         if not (Path(init) / "config.json").is_file() or (Path(init) / "train.json").is_file():
             init = str(find_checkpoint(init))
             saved = read_json(Path(init) / "train.json")["config"]
@@ -166,9 +168,10 @@ def resolve(given):
 
 def check(cfg):
     """ValueError for a value out of range, naming the flag."""
-    least = {**{k: 1 for k in ("hidden_size", "layers", "heads", "intermediate_size", "context", "thoughts_per_step", "max_steps",
-                               "batch_size", "micro_batch", "questions_per_step", "minibatch", "max_answer", "eval_size", "log_every",
-                               "save_every", "keep")}, "group": 2}
+    positive = ("hidden_size", "layers", "heads", "intermediate_size", "context", "thoughts_per_step", "max_steps",
+                "batch_size", "micro_batch", "questions_per_step", "minibatch", "max_answer", "eval_size", "log_every",
+                "save_every", "keep")
+    least = {**dict.fromkeys(positive, 1), "group": 2}
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)
         if f.type in (int, float) and not (least.get(f.name, 0) <= value < float("inf")):
@@ -176,8 +179,8 @@ def check(cfg):
     if cfg.hidden_size % (2 * cfg.heads):
         raise ValueError(f"--hidden_size {cfg.hidden_size} must be a multiple of twice --heads {cfg.heads}")
     if cfg.minibatch % cfg.questions_per_step or (cfg.questions_per_step * cfg.group) % cfg.minibatch:
-        raise ValueError(f"--minibatch {cfg.minibatch} must be --questions_per_step {cfg.questions_per_step} times a divisor of "
-                         f"--group {cfg.group}: each optimizer step takes as many rollouts of every question")
+        raise ValueError(f"--minibatch {cfg.minibatch} must be --questions_per_step {cfg.questions_per_step} times a "
+                         f"divisor of --group {cfg.group}: an optimizer step takes as many rollouts of every question")
     if cfg.temperature <= 0:
         raise ValueError("--temperature must be positive")
 
@@ -213,7 +216,7 @@ class Run:
 
     def bar(self, total, initial):
         # disable=None: quiet where there is no terminal
-        return tqdm(total=total, initial=initial, desc=self.name, disable=None if self.main else True, dynamic_ncols=True)
+        return tqdm(total=total, initial=initial, desc=self.name, disable=None if self.main else True)
 
     def mean(self, values):
         """Dict of numbers, averaged over processes."""
@@ -224,11 +227,11 @@ class Run:
         return dict(zip(values, (t / self.world).tolist()))
 
     def wrap(self, module, model):
-        """Compile block by block (one graph serves all layers), then DDP."""
+        """Compile, then DDP."""
         if self.compile:
             for llama in (model.policy, model.decoder):
-                for layer in llama.layers if llama is not None else ():
-                    layer.compile(dynamic=True)
+                if llama is not None and not llama.compiled:
+                    llama.compile_blocks()
         if self.world == 1:
             return module
         return DDP(module, device_ids=[self.device.index] if self.device.type == "cuda" else None)
@@ -261,12 +264,12 @@ def batch_indices(seed, step, n, size):
     return [int(permutation(seed, p // n, n)[p % n]) for p in places]
 
 
-def make_optimizer(module, lr, cfg):
-    """AdamW; no decay on norms and biases (all vectors). Fused, one kernel for all parameters."""
+def make_optimizer(module, cfg):
+    """AdamW; the learning rate is set at each step; no decay on norms and biases (all vectors). Fused, one kernel for all parameters."""
     params = [p for p in module.parameters() if p.requires_grad]
     groups = [{"params": [p for p in params if p.dim() > 1], "weight_decay": cfg.weight_decay},
               {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, cfg.beta2), fused=True)
+    return torch.optim.AdamW(groups, betas=(0.9, cfg.beta2), fused=True)
 
 
 def build(cfg):
@@ -274,11 +277,12 @@ def build(cfg):
     torch.manual_seed(generator(cfg.seed, WEIGHTS).initial_seed())
     device = device_of(cfg)
     init = Path(cfg.init) if cfg.init else None
-    parts = {k: {"yes": True, "no": False}.get(getattr(cfg, k), METHODS[cfg.method][k]) for k in ("vae", "stop", "decode")}
+    method = METHODS[cfg.method]
+    parts = {k: {"yes": True, "no": False}.get(getattr(cfg, k), method[k]) for k in ("vae", "stop", "decode")}
     tokenizer = Tokenizer.from_pretrained(init) if init else builtin_tokenizer()
     tokenizer.add_special(START, END)
     start, end = tokenizer.token_id(START), tokenizer.token_id(END)
-    latent = LatentConfig(**{**METHODS[cfg.method], **parts}, method=cfg.method, thoughts_per_step=cfg.thoughts_per_step,
+    latent = LatentConfig(**{**method, **parts}, method=cfg.method, thoughts_per_step=cfg.thoughts_per_step,
                           max_steps=cfg.max_steps, start_id=start, end_id=end, eos_id=tokenizer.eos_id)
     if init and (init / "latent.json").is_file():
         saved = LatentReasoner.from_pretrained(init, device=device)
@@ -294,7 +298,8 @@ def build(cfg):
             policy = LLaMA(LLaMAConfig(
                 vocab_size=tokenizer.vocab_size, hidden_size=cfg.hidden_size, intermediate_size=cfg.intermediate_size,
                 num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads, num_key_value_heads=cfg.heads,
-                head_dim=cfg.hidden_size // cfg.heads, max_position_embeddings=cfg.context, eos_token_id=tokenizer.eos_id))
+                head_dim=cfg.hidden_size // cfg.heads, max_position_embeddings=cfg.context,
+                eos_token_id=tokenizer.eos_id))
         if tokenizer.vocab_size > policy.config.vocab_size:
             like = tokenizer.encode_ordinary("<<")
             policy.add_tokens(tokenizer.vocab_size, like[0] if len(like) == 1 else None)
@@ -302,13 +307,16 @@ def build(cfg):
 
 
 def read_data(cfg, tokenizer, model, run, split):
-    examples, skipped = encode_all(load(cfg.data, split, cfg.data_dir), tokenizer, min(cfg.context, model.policy.config.max_position_embeddings))
-    short = [e for e in examples if e.steps or not (model.config.latent and model.config.stop)]
-    if skipped or len(short) < len(examples):
-        run.say(f"{cfg.data} {split}: left out {skipped} examples longer than {cfg.context} tokens and {len(examples) - len(short)} without steps")
-    if not short:
-        raise ValueError(f"{cfg.data}: no example is left to train on")
-    return short
+    """Encoded examples that the model can be trained on; what is left out is counted and said."""
+    context = min(cfg.context, model.policy.config.max_position_embeddings)
+    fits, long = encode_all(load(cfg.data, split, cfg.data_dir), tokenizer, context)
+    usable = [e for e in fits if e.steps or not model.config.stop]
+    if long or len(usable) < len(fits):
+        run.say(f"{cfg.data} {split}: left out {long} examples longer than {context} tokens "
+                f"and {len(fits) - len(usable)} without steps")
+    if not usable:
+        raise ValueError(f"--data {cfg.data}: no example of split {split} is left")
+    return usable
 
 
 # --- checkpoints ---
@@ -351,21 +359,21 @@ def start_or_resume(run, cfg):
     ckpt = find_checkpoint(run.dir)
     state = read_json(ckpt / "train.json")
     saved = state.pop("config")
-    changed = [k for k, v in saved.items() if k not in ("resume", "init", "micro_batch", "device", "threads", "log_every", "save_every", "keep")
-               and v != getattr(cfg, k, v)]
-    if changed:
-        raise ValueError(f"--resume: {ckpt} was made with another --{changed[0]} ({saved[changed[0]]!r}, now {getattr(cfg, changed[0])!r})")
-    if run.main and (run.dir / "metrics.jsonl").exists():  # drop what was logged after the checkpoint
-        rows = [json.loads(r) for r in (run.dir / "metrics.jsonl").read_text().splitlines()]
-        (run.dir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows if r["step"] <= state["step"]))
+    free = ("resume", "init", "micro_batch", "device", "threads", "save_every", "keep", "stage", "baseline", "out_dir")
+    for k, v in saved.items():
+        if k not in free and v != getattr(cfg, k, v):
+            raise ValueError(f"--resume: {ckpt} was made with --{k} {v}, not {getattr(cfg, k)}")
+    metrics = run.dir / "metrics.jsonl"
+    if run.main and metrics.exists():  # drop what was logged after the checkpoint, and a line cut by the kill
+        rows = [r for r in metrics.read_text().splitlines() if r.endswith("}")]
+        metrics.write_text("".join(r + "\n" for r in rows if json.loads(r)["step"] <= state["step"]))
     return dataclasses.replace(cfg, init=str(ckpt)), {**state, "optimizer": ckpt / "optimizer.safetensors"}
 
 
-def lr_at(step, first, steps, optimizer_step, peak, warmup, floor):
-    """Cosine over the segment [first, first + steps), with a linear warm-up after each new optimizer."""
-    progress = (step - first) / max(1, steps)
-    cosine = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-    return peak * cosine * min(1.0, (optimizer_step + 1) / max(1, warmup))
+def lr_at(step, peak, first, steps, optimizer_step, cfg):
+    """Cosine over steps [first, first + steps), with a linear warm-up after each new optimizer."""
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - first) / steps))
+    return peak * (cfg.min_lr + (1 - cfg.min_lr) * cosine) * min(1.0, (optimizer_step + 1) / max(1, cfg.warmup))
 
 
 def finish_step(run, module, optimizer, lr, step, ids, parts):
@@ -373,8 +381,9 @@ def finish_step(run, module, optimizer, lr, step, ids, parts):
     params = [p for g in optimizer.param_groups for p in g["params"]]
     norm = float(torch.nn.utils.clip_grad_norm_(params, run.cfg.clip))
     if not math.isfinite(norm):
-        bad = [k for k, v in parts.items() if not math.isfinite(v)] or ["gradient"]
-        raise RuntimeError(f"step {step}: {', '.join(bad)} is not finite (examples {', '.join(ids[:8])}...); weights are those of the last step")
+        bad = [k for k, v in parts.items() if not math.isfinite(float(v))] or ["gradient"]
+        raise RuntimeError(f"step {step}: {', '.join(bad)} is not finite; the last checkpoint stands "
+                           f"(batch: {', '.join(ids)})")
     for g in optimizer.param_groups:
         g["lr"] = lr
     optimizer.step()
@@ -389,8 +398,8 @@ def curriculum(cfg, latent, n):
     if not latent:
         epochs = [(0, cfg.cot_epochs + cfg.epochs_per_stage * cfg.max_steps + cfg.final_epochs)]
     else:
-        last = cfg.max_steps
-        epochs = [(0, cfg.cot_epochs)] + [(s, cfg.epochs_per_stage) for s in range(1, last)] + [(last, cfg.epochs_per_stage + cfg.final_epochs)]
+        epochs = [(0, cfg.cot_epochs), *((s, cfg.epochs_per_stage) for s in range(1, cfg.max_steps)),
+                  (cfg.max_steps, cfg.epochs_per_stage + cfg.final_epochs)]
     steps = [(s, max(1, round(e * n / cfg.batch_size))) for s, e in epochs if e > 0]
     if cfg.max_iters:
         total = sum(k for _, k in steps)
@@ -411,8 +420,9 @@ def train_supervised(cfg, name):
     stages = curriculum(cfg, model.config.latent, len(train))
     total = sum(k for _, k in stages)
     text_steps = sum(k for s, k in stages if s == 0)
-    run.say(f"{name}: {sum(p.numel() for p in model.policy.parameters()) / 1e6:.2f} M parameters, {len(train)} examples, "
-            f"{total} steps of {cfg.batch_size}; stage: steps " + ", ".join(f"{s}: {k}" for s, k in stages))
+    size = sum(p.numel() for p in model.policy.parameters()) / 1e6
+    run.say(f"{name}: {cfg.method}, {size:.2f} M parameters, {len(train)} examples, {total} steps of {cfg.batch_size} "
+            "(" + ", ".join(f"stage {s}: {k}" for s, k in stages) + ")")
     accum = -(-cfg.batch_size // (cfg.micro_batch * run.world))
     if accum * run.world > cfg.batch_size:
         raise ValueError(f"--batch_size {cfg.batch_size} is smaller than the number of processes {run.world}")
@@ -426,8 +436,8 @@ def train_supervised(cfg, name):
             model.copy_decoder()
         model.set_trainable(stage)
         # one cosine over the text stage, another over all latent stages
-        peak, seg_first, seg_steps = (cfg.cot_lr, 0, text_steps) if stage == 0 else (cfg.lr, text_steps, total - text_steps)
-        optimizer = make_optimizer(model, peak, cfg)  # made anew at each stage
+        cosine = (cfg.cot_lr, 0, text_steps) if stage == 0 else (cfg.lr, text_steps, total - text_steps)
+        optimizer = make_optimizer(model, cfg)  # made anew at each stage
         if step > first:
             load_optimizer(optimizer, names, state["optimizer"])
         ddp = run.wrap(model, model)
@@ -437,15 +447,16 @@ def train_supervised(cfg, name):
             examples = [train[i] for i in chosen]
             noise = None
             if model.config.vae and stage > 0:
-                shape = cfg.batch_size, min(stage + 1, cfg.max_steps), cfg.thoughts_per_step, model.policy.config.hidden_size
-                noise = torch.randn(shape, generator=generator(cfg.seed, SFT_NOISE, step))
+                shape = min(stage + 1, cfg.max_steps), cfg.thoughts_per_step, model.policy.config.hidden_size
+                noise = torch.randn(cfg.batch_size, *shape, generator=generator(cfg.seed, SFT_NOISE, step))
             tokens = target_tokens(examples, model.config, stage)
             # rows of like length go together: less padding, the same batch
-            order = np.array(sorted(range(len(examples)), key=lambda i: len(examples[i].question) + sum(map(len, examples[i].steps))))
+            length = [len(e.question) + sum(map(len, e.steps)) for e in examples]
             parts = {}
-            for micro, rows in enumerate(np.array_split(order, accum)):
+            for micro, rows in enumerate(np.array_split(np.argsort(length, kind="stable"), accum)):
                 rows = rows[run.rank::run.world]
-                batch = collate([examples[i] for i in rows], model.config, stage, None if noise is None else noise[rows], len(examples), tokens)
+                batch = collate([examples[i] for i in rows], model.config, stage,
+                                None if noise is None else noise[rows], len(examples), tokens)
                 # gradients are averaged over processes once, at the last micro step
                 with ddp.no_sync() if run.world > 1 and micro + 1 < accum else nullcontext():
                     with run.autocast:
@@ -454,19 +465,20 @@ def train_supervised(cfg, name):
                     (loss * run.world).backward()  # DDP takes the mean, the losses are shares of a sum
                 for k, v in losses.items():
                     parts[k] = parts.get(k, 0.0) + v.detach()
-            lr = lr_at(step, seg_first, seg_steps, step - first, peak, cfg.warmup, cfg.min_lr)
+            lr = lr_at(step, *cosine, step - first, cfg)
             step += 1
-            logging = step % cfg.log_every == 0 or step == total
-            shown = {k: v * run.world for k, v in run.mean({k: float(v) for k, v in parts.items()}).items()} if logging else {}
-            norm = finish_step(run, model, optimizer, lr, step, [e.example.id for e in examples], {k: float(v) for k, v in parts.items()} if logging else {})
+            norm = finish_step(run, model, optimizer, lr, step, [e.example.id for e in examples], parts)
             bar.update()
-            if logging:
-                run.log(step=step, stage=stage, lr=lr, grad_norm=norm, seconds=round(time.time() - began, 2), **shown)
-                bar.set_postfix(stage=stage, **{k: f"{v:.3f}" for k, v in shown.items()}, ex_s=f"{cfg.batch_size * (step - state['step']) / (time.time() - began):.0f}")
+            if step % cfg.log_every == 0 or step == total:
+                seconds = time.time() - began
+                parts = {k: v * run.world for k, v in run.mean({k: float(v) for k, v in parts.items()}).items()}
+                run.log(step=step, stage=stage, lr=lr, grad_norm=norm, seconds=round(seconds, 2), **parts)
+                bar.set_postfix(stage=stage, **{k: f"{v:.3f}" for k, v in parts.items()},
+                                examples_s=f"{cfg.batch_size * (step - state['step']) / seconds:.0f}")
             if step == total or (cfg.eval_every and step % cfg.eval_every == 0) or step == first + steps:
                 validate(run, model, tokenizer, valid, step, stage)
             if step == total or step % cfg.save_every == 0:
-                save_checkpoint(run, model, tokenizer, optimizer, names, {"step": step, "stage": stage, "name": name, "seconds": time.time() - began})
+                save_checkpoint(run, model, tokenizer, optimizer, names, {"step": step, "stage": stage})
         first += steps
     bar.close()
     return model, tokenizer
@@ -483,7 +495,8 @@ def validate(run, model, tokenizer, valid, step, stage):
     figures = {k: v * run.world / len(valid) for k, v in figures.items()}
     model.train()
     run.log(step=step, stage=stage, valid=figures)
-    run.say(f"{run.name} step {step} stage {stage}: validation " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
+    shown = ", ".join(f"{k} {v:.3f}" for k, v in figures.items())
+    run.say(f"{run.name} step {step} stage {stage}: validation {shown}")
 
 
 # --- reinforcement learning (paper, section 3.3) ---
@@ -502,14 +515,14 @@ def train_rl(cfg, name):
         raise ValueError(f"--questions_per_step {Q} is smaller than the number of processes {run.world}")
     total = cfg.rl_iters or max(1, len(train) // Q)  # 0: one epoch over the questions
     total = min(total, cfg.max_iters) if cfg.max_iters else total
-    members = cfg.minibatch // Q  # rollouts of every question in one optimizer step
     model.set_trainable("rl")
-    optimizer = make_optimizer(model, cfg.rl_lr, cfg)
+    optimizer = make_optimizer(model, cfg)
     if "optimizer" in state:
         load_optimizer(optimizer, names, state["optimizer"])
     log_probs = LogProbs(model, cfg.temperature)
     ddp = run.wrap(log_probs, model)
-    run.say(f"{name}: {total} steps of {Q} questions x {G} rollouts, {G // members} optimizer steps each, from {cfg.init}")
+    run.say(f"{name}: {total} batches of {Q} questions x {G} rollouts, {Q * G // cfg.minibatch} optimizer steps each, "
+            f"from {cfg.init}")
     began, skipped, step = time.time(), state.get("skipped", 0), state["step"]
     if step == 0:
         validate(run, model, tokenizer, valid, 0, "rl")
@@ -530,19 +543,20 @@ def train_rl(cfg, name):
         clock.append(time.time())
         advantage = advantages(result.reward, G, cfg.std_norm).to(run.device)
         step += 1
-        stats = {"reward": float(result.reward.mean()), "accuracy": float(result.correct.mean()), "well_formed": float(result.well_formed.mean()),
-                 "coherence": float(result.coherence.mean()), "latents": float((rollout.steps * cfg.thoughts_per_step).float().mean()),
-                 "sigma": rollout.sigma, "advantage": float(advantage.abs().mean())}
-        stats = run.mean({k: v * len(mine) * run.world / Q for k, v in stats.items()})  # processes may have unlike shares
+        stats = {"reward": result.reward, "accuracy": result.correct, "well_formed": result.well_formed,
+                 "coherence": result.coherence, "latents": (rollout.steps * cfg.thoughts_per_step).float(),
+                 "sigma": torch.tensor(rollout.sigma), "advantage": advantage.abs()}
+        share = len(mine) * run.world / Q  # processes may have unlike shares of the questions
+        stats = run.mean({k: float(v.mean()) * share for k, v in stats.items()})
         lr = cfg.rl_lr * min(1.0, step / max(1, cfg.rl_warmup))
         if stats["advantage"] == 0:
             skipped += 1  # every group has one reward: nothing to learn, on any process
         else:
             model.train()
-            stats |= update(run, model, ddp, optimizer, rollout, advantage, members, Q * members, lr, step, [e.example.id for e in examples])
+            stats |= update(run, model, ddp, optimizer, rollout, advantage, lr, step, [e.example.id for e in examples])
         clock.append(time.time())
         bar.update()
-        bar.set_postfix(reward=f"{stats['reward']:.3f}", accuracy=f"{stats['accuracy']:.3f}", coherence=f"{stats['coherence']:.3f}",
+        bar.set_postfix({k: f"{stats[k]:.3f}" for k in ("reward", "accuracy", "coherence")},
                         rollouts_s=f"{Q * G / (clock[-1] - clock[0]):.0f}")
         times = dict(zip(("rollout_s", "score_s", "update_s"), np.round(np.diff(clock), 4).tolist()))
         if step % cfg.log_every == 0 or step == total:
@@ -550,29 +564,31 @@ def train_rl(cfg, name):
         if step == total or (cfg.eval_every and step % cfg.eval_every == 0):
             validate(run, model, tokenizer, valid, step, "rl")
         if step == total or step % cfg.save_every == 0:
-            save_checkpoint(run, model, tokenizer, optimizer, names, {"step": step, "stage": "rl", "name": name, "skipped": skipped, "seconds": time.time() - began})
+            save_checkpoint(run, model, tokenizer, optimizer, names, {"step": step, "stage": "rl", "skipped": skipped})
     bar.close()
     return model, tokenizer
 
 
-def update(run, model, ddp, optimizer, rollout, advantage, members, total, lr, step, ids):
-    """Optimizer steps over one batch of rollouts: each takes `members` rollouts of every question, so that its
-    rows do not depend on the number of processes. Micro-batches are whole groups."""
+def update(run, model, ddp, optimizer, rollout, advantage, lr, step, ids):
+    """Optimizer steps over one batch of rollouts. Each takes as many rollouts of every question, so that what is
+    in it does not depend on the number of processes; a micro-batch is some questions with theirs."""
     cfg, G, questions = run.cfg, rollout.group, len(rollout.prefix)
+    members = cfg.minibatch // cfg.questions_per_step
     parts = np.array_split(np.arange(questions), -(-questions * members // max(cfg.micro_batch, members)))
     stats = []
     for first in range(0, G, members):
         for micro, part in enumerate(parts):
-            rows = torch.tensor([q * G + g for q in part for g in range(first, first + members)], device=advantage.device)
+            rows = torch.tensor([q * G + g for q in part for g in range(first, first + members)])
+            cut, a = rollout.rows(rows.to(advantage.device)), advantage[rows]
             with ddp.no_sync() if run.world > 1 and micro + 1 < len(parts) else nullcontext():
-                cut = rollout.rows(rows)
                 with run.autocast:
                     new = ddp(cut)
-                loss, stat = objective(new, cut, advantage[rows], total, cfg.ratio_clip, cfg.latent_coef, cfg.latent_mean)
+                loss, stat = objective(new, cut, a, cfg.minibatch, cfg.ratio_clip, cfg.latent_coef, cfg.latent_mean)
                 (loss * run.world).backward()
             stats.append(stat)
-        norm = finish_step(run, model, optimizer, lr, step, ids, {"loss": float(loss.detach())})
-    return run.mean({"grad_norm": norm, "ratio_max": max(s["ratio_max"] for s in stats), "clip_frac": float(np.mean([s["clip_frac"] for s in stats]))})
+        norm = finish_step(run, model, optimizer, lr, step, ids, {"objective": loss.detach()})
+    return run.mean({"grad_norm": norm, "ratio_max": max(s["ratio_max"] for s in stats),
+                     "clip_frac": float(np.mean([s["clip_frac"] for s in stats]))})
 
 
 # --- main ---
@@ -584,11 +600,13 @@ def report(cfg, rows):
     for label, (model, tokenizer) in rows.items():
         sets = []
         for name in names:
-            encoded, _ = encode_all(load(name, "test", cfg.data_dir), tokenizer, model.policy.config.max_position_embeddings)
+            context = model.policy.config.max_position_embeddings
+            encoded, _ = encode_all(load(name, "test", cfg.data_dir), tokenizer, context)
             sets.append((name, evaluate(model, tokenizer, encoded)[0]))
         mean = mean_figures(sets)
-        lines.append((label, {**{n: f"{100 * f['accuracy']:.1f}" for n, f in sets}, "mean": f"{100 * mean['accuracy']:.1f}",
-                              "tokens": f"{mean['tokens']:.2f}", "coherence": f"{100 * mean['coherence']:.1f}"}))
+        accuracy = {n: f"{100 * f['accuracy']:.1f}" for n, f in [*sets, ("mean", mean)]}
+        extra = {"tokens": f"{mean['tokens']:.2f}", "coherence": f"{100 * mean['coherence']:.1f}"}
+        lines.append((label, accuracy | extra))
     head = ["", *lines[0][1]]
     rows = [head, ["---", *["---:"] * (len(head) - 1)], *([label, *f.values()] for label, f in lines)]
     print("\n".join("| " + " | ".join(r) + " |" for r in rows))
@@ -616,7 +634,8 @@ def main(argv=None):
             rows = {}
             if cfg.method == "atp":
                 if cfg.baseline:
-                    rows["answer only (nocot)"] = train_supervised(dataclasses.replace(cfg, method="nocot"), "nocot")
+                    other = dataclasses.replace(cfg, method="nocot", max_iters=cfg.baseline)
+                    rows["answer only (nocot)"] = train_supervised(other, "nocot")
                 rows["latents, imitation (vae)"] = train_supervised(cfg, "vae")
                 if dist.is_initialized():
                     dist.barrier()  # the checkpoint is there for every process

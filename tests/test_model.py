@@ -338,8 +338,9 @@ def refused(path, *words, error=ValueError):
     assert type(caught.value) is error
     message = str(caught.value)
     assert message.isprintable(), message  # so: one line
-    for word in (str(path), *words):
-        assert str(word) in message, message
+    assert str(path) in message
+    for word in words:  # the directory's own name, made from the test's, has many of these words
+        assert word in message.replace(str(path), ""), message
     assert time.monotonic() - start < 2
 
 
@@ -402,7 +403,7 @@ def test_refused_config_text(whole, content):
 
 
 def test_refused_paths(whole):
-    refused(whole / "config.json", "config.json", error=FileNotFoundError)
+    refused(whole / "config.json", error=FileNotFoundError)
     refused(whole / "nowhere", "config.json", error=FileNotFoundError)
     (whole / "model.safetensors").unlink()
     refused(whole, "model.safetensors", error=FileNotFoundError)
