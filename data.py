@@ -670,7 +670,7 @@ def _tree(rng, steps, wide):
     """A random expression of `steps` operations, or None where a value leaves 1..50 (wide: 1..LARGEST)."""
     large = (10, 45) if wide else (2, 20)
     small = (10, 40) if wide else (1, 9)
-    if steps > 2 and rng.random() < 0.65:  # two computed operands: their steps may come in either order
+    if steps > 2 and rng.random() < 0.4:  # two computed operands: their steps may come in either order
         left = rng.randint(1, steps - 2)
         children = [_tree(rng, left, wide), _tree(rng, steps - 1 - left, wide)]
         numbers, op = (), rng.choice("++-")

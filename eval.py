@@ -49,8 +49,7 @@ def evaluate(model, tokenizer, encoded, batch_size=128, samples=0, seed=0, max_t
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].question))
     totals, explained = Counter(), {}
     ks = sorted({min(2**i, samples) for i in range(samples.bit_length() + 1)}) if samples else []
-    rows = max(1, batch_size // max(1, samples))
-    greedy_done = 0
+    rows, done = max(1, batch_size // max(1, samples)), 0
     for part in [order[i:i + batch_size] for i in range(0, len(order), batch_size)]:
         batch = [encoded[i] for i in part]
         rollout = model.rollout([e.question for e in batch], max_tokens=limit)
@@ -63,12 +62,13 @@ def evaluate(model, tokenizer, encoded, batch_size=128, samples=0, seed=0, max_t
             totals["tokens"] += used + n - end
             totals["coherence"] += coherence(plan, extract_answer(text))
             if i < explain:
-                explained[i] = dict(id=e.example.id, question=e.example.question, reference=list(e.example.steps), plan=plan,
-                                    answer=text, right=e.example.answer, correct=is_correct(text, e.example))
-        greedy_done += len(part)
+                explained[i] = dict(id=e.example.id, question=e.example.question, reference=list(e.example.steps),
+                                    plan=plan, answer=text, right=e.example.answer,
+                                    correct=is_correct(text, e.example))
+        done += len(part)
         if progress:
             progress.update(len(part))
-            progress.set_postfix(accuracy=f"{totals['accuracy'] / greedy_done:.3f}")
+            progress.set_postfix(accuracy=f"{totals['accuracy'] / done:.3f}")
     for part in [order[i:i + rows] for i in range(0, len(order), rows)] if samples else ():
         batch = [encoded[i] for i in part]
         generator = torch.Generator().manual_seed(seed * 1_000_003 + part[0])
@@ -84,16 +84,17 @@ def evaluate(model, tokenizer, encoded, batch_size=128, samples=0, seed=0, max_t
             totals[f"maj@{samples}"] += bool(votes) and is_correct(f"### {votes.most_common(1)[0][0]}", e.example)
         if progress:
             progress.update(len(part))
-    names = ["accuracy", "tokens", "latents", "coherence", *(f"pass@{k}" for k in ks), *([f"maj@{samples}"] if samples else [])]
+    names = ["accuracy", "tokens", "latents", "coherence", *(f"pass@{k}" for k in ks)]
+    names += [f"maj@{samples}"] if samples else []
     figures = {"n": len(encoded), **{name: totals[name] / max(1, len(encoded)) for name in names}}
     return figures, [explained[i] for i in sorted(explained)]
 
 
 def table(rows):
     """Markdown of [(label, figures)], in per cent where it is a share."""
-    names = [n for n in dict.fromkeys(k for _, f in rows for k in f)]
+    names = list(rows[0][1])
     share = lambda n: n in ("accuracy", "coherence") or "@" in n
-    show = lambda f, n: "" if n not in f else f"{100 * f[n]:.1f}" if share(n) else f"{f[n]:.2f}" if n != "n" else str(f[n])
+    show = lambda f, n: f"{100 * f[n]:.1f}" if share(n) else f"{f[n]:.2f}" if n != "n" else str(f[n])
     head = ["", *(n + " %" if share(n) else n for n in names)]
     lines = [head, ["---"] + ["---:"] * len(names)] + [[label, *(show(f, n) for n in names)] for label, f in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -101,8 +102,8 @@ def table(rows):
 
 def mean_figures(rows):
     """The mean over benchmarks, as the paper reports it."""
-    figures = [f for _, f in rows]
-    return {k: sum(f[k] for f in figures) / len(figures) if k != "n" else sum(f[k] for f in figures) for k in figures[0]}
+    total = {k: sum(f[k] for _, f in rows) for k in rows[0][1]}
+    return {k: v if k == "n" else v / len(rows) for k, v in total.items()}
 
 
 def explanation(e):
@@ -110,8 +111,8 @@ def explanation(e):
     lines = [f"{e['id']}: {e['question']}"]
     width = max([len(s) for s in e["plan"]] + [10])
     for k in range(max(len(e["plan"]), len(e["reference"]))):
-        plan = e["plan"][k] if k < len(e["plan"]) else ""
-        lines.append(f"  step {k + 1}: {plan:<{width}}   reference: {e['reference'][k] if k < len(e['reference']) else ''}")
+        plan, reference = (steps[k] if k < len(steps) else "" for steps in (e["plan"], e["reference"]))
+        lines.append(f"  step {k + 1}: {plan:<{width}}   reference: {reference}")
     lines.append(f"  {e['answer'].strip()!r} ({'right' if e['correct'] else 'wrong'}, reference {e['right']})")
     return "\n".join(lines)
 
@@ -166,8 +167,8 @@ def main(argv=None):
         if skipped:
             print(f"{name}: {skipped} questions are longer than the context and were left out", file=sys.stderr)
         with tqdm(total=len(encoded) * (2 if args.samples else 1), desc=name, disable=None, leave=False) as bar:
-            figures, texts = evaluate(model, tokenizer, encoded, args.batch_size, args.samples, args.seed, args.max_tokens,
-                                      bar, args.explain)
+            figures, texts = evaluate(model, tokenizer, encoded, args.batch_size, args.samples, args.seed,
+                                      args.max_tokens, bar, args.explain)
         rows.append((name, figures))
         explained[name] = texts
         for e in texts:

@@ -252,7 +252,9 @@ class LLaMA(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # no buffer: model.bfloat16() must not round it, and no state_dict holds it
         self.inv_freq = rope_frequencies(config)
         self.activation_checkpointing = False
@@ -338,17 +340,19 @@ class LLaMA(nn.Module):
         past = [p + t for p, t in zip(cache.prefix, cache.tail)]
         return positions, past, (cache.prefix_bias, tail_bias)
 
-    def add_tokens(self, vocab_size, like=None):
-        """Grow the vocabulary in place; the new rows copy row `like`, or the mean row (METHOD: of "<<")."""
-        modules = [self.embed_tokens] + ([self.lm_head] if self.lm_head is not None else [])
-        for module in modules:
-            w = module.weight.data
+    @torch.no_grad()
+    def add_tokens(self, ids, like=None):
+        """Rows `ids` become copies of row `like`, or of the mean row; the vocabulary grows where they lie beyond it."""
+        size = max(self.config.vocab_size, *(i + 1 for i in ids))
+        for module in filter(None, (self.embed_tokens, self.lm_head)):
+            w = module.weight
             row = w.mean(dim=0) if like is None else w[like]
-            grown = torch.cat((w, row.expand(vocab_size - len(w), -1)))
+            grown = torch.cat((w, row.expand(size - len(w), -1)))
+            grown[ids] = row
             module.weight = nn.Parameter(grown)
-        self.embed_tokens.num_embeddings = self.config.vocab_size = vocab_size
+        self.embed_tokens.num_embeddings = self.config.vocab_size = size
         if self.lm_head is not None:
-            self.lm_head.out_features = vocab_size
+            self.lm_head.out_features = size
 
     # --- checkpoints: Hugging Face's layout and names ---
 

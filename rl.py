@@ -139,10 +139,10 @@ class LogProbs(nn.Module):
 def objective(new, rollout, advantage, total, clip=0.2, latent_coef=1.0, latent_mean=False):
     """PPO-clipped loss (paper, section 3.3), this part's share of the mean over `total` rollouts, and statistics.
 
-    new: LogProbs(rollout); advantage (B,). Terms: each latent (its density, and at the first of a step log p(continue)) and the
-    stop; each answer token. Log-ratios are clamped to +-3. Masked mean per rollout over latent terms and over answer
-    terms separately, the two added. latent_mean: the density averaged, not summed, over the d dimensions;
-    latent_coef: weight of the latent terms (1 and False: the paper's)."""
+    new: LogProbs(rollout); advantage (B,). Terms: each latent (its density, and at the first of a step
+    log p(continue)) and the stop; each answer token. Log-ratios are clamped to +-3. Masked mean per rollout over
+    latent terms and over answer terms separately, the two added. latent_mean: the density averaged, not summed,
+    over the d dimensions; latent_coef: weight of the latent terms (1 and False: the paper's)."""
     latent, stop, token = new
     steps, N, c = rollout.steps, rollout.z.shape[1], rollout.z.shape[2]
     written = torch.arange(token.shape[1], device=token.device) < rollout.lengths[:, None]
@@ -153,7 +153,8 @@ def objective(new, rollout, advantage, total, clip=0.2, latent_coef=1.0, latent_
         diff = latent - rollout.latent_logp
         diff = diff / rollout.z.shape[-1] if latent_mean else diff
         if stop is not None:  # log p(continue) belongs to the first latent of its step
-            diff = torch.cat((diff[..., :1] + ((stop - rollout.stop_logp)[:, :N] * used)[..., None], diff[..., 1:]), dim=-1)
+            go_on = (stop - rollout.stop_logp)[:, :N] * used
+            diff = torch.cat((diff[..., :1] + go_on[..., None], diff[..., 1:]), dim=-1)
         diffs.append(diff.flatten(1))
         masks.append(used.repeat_interleave(c, dim=1))
     if stop is not None:

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import sys
 import time
@@ -49,7 +50,7 @@ class Config:
     out_dir: str = "out"  # runs go to out_dir/vae, out_dir/rl, ...
     resume: bool = False  # go on from the newest checkpoint of the same run
     seed: int = 0  # of weights, data order and samples
-    baseline: int = 2400  # stage all: optimizer steps of an answer-only model (nocot), to compare with (0: none)
+    baseline: int = 1600  # stage all: optimizer steps of an answer-only model (nocot), to compare with (0: none)
     # model from nothing (--init "")
     hidden_size: int = 96  # d
     layers: int = 4  # transformer blocks
@@ -65,12 +66,12 @@ class Config:
     # supervised stage
     batch_size: int = 32  # examples an optimizer step, over all processes
     micro_batch: int = 32  # most examples a process takes through the model at once
-    cot_epochs: float = 2.4  # stage 0: text chain of thought (warm start)
-    epochs_per_stage: float = 0.08  # each further stage makes one more step latent
-    final_epochs: float = 1.04  # further epochs with all steps latent
+    cot_epochs: float = 1.92  # stage 0: text chain of thought (warm start)
+    epochs_per_stage: float = 0.04  # each further stage makes one more step latent
+    final_epochs: float = 1.32  # further epochs with all steps latent
     max_iters: int = 0  # scale the whole curriculum (rl: cut) to so many optimizer steps (0: as the epochs say)
     cot_lr: float = 2e-3  # peak learning rate of stage 0
-    lr: float = 1e-3  # peak learning rate of the latent stages
+    lr: float = 1.5e-3  # peak learning rate of the latent stages
     min_lr: float = 0.02  # the cosine ends at this share of the peak
     warmup: int = 50  # steps of linear warm-up of each new optimizer
     weight_decay: float = 0.01  # AdamW, not on norms and biases
@@ -80,7 +81,7 @@ class Config:
     # reinforcement learning
     rl_lr: float = 2e-5  # learning rate
     rl_warmup: int = 10  # steps of linear warm-up
-    rl_iters: int = 100  # batches of questions
+    rl_iters: int = 60  # batches of questions
     questions_per_step: int = 32  # over all processes
     group: int = 8  # rollouts a question
     minibatch: int = 256  # rollouts an optimizer step, over all processes
@@ -214,6 +215,12 @@ class Run:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
+    def memory_gb(self):
+        """Peak so far: of the GPU's memory, or of the process."""
+        if self.device.type == "cuda":
+            return round(torch.cuda.max_memory_allocated() / 2**30, 3)
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
+
     def bar(self, total, initial):
         # disable=None: quiet where there is no terminal
         return tqdm(total=total, initial=initial, desc=self.name, disable=None if self.main else True)
@@ -265,7 +272,7 @@ def batch_indices(seed, step, n, size):
 
 
 def make_optimizer(module, cfg):
-    """AdamW; the learning rate is set at each step; no decay on norms and biases (all vectors). Fused, one kernel for all parameters."""
+    """AdamW, fused; no decay on norms and biases (all vectors). The learning rate is set at each step."""
     params = [p for p in module.parameters() if p.requires_grad]
     groups = [{"params": [p for p in params if p.dim() > 1], "weight_decay": cfg.weight_decay},
               {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
@@ -300,9 +307,8 @@ def build(cfg):
                 num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads, num_key_value_heads=cfg.heads,
                 head_dim=cfg.hidden_size // cfg.heads, max_position_embeddings=cfg.context,
                 eos_token_id=tokenizer.eos_id))
-        if tokenizer.vocab_size > policy.config.vocab_size:
-            like = tokenizer.encode_ordinary("<<")
-            policy.add_tokens(tokenizer.vocab_size, like[0] if len(like) == 1 else None)
+        like = tokenizer.encode_ordinary("<<")
+        policy.add_tokens([start, end], like[0] if len(like) == 1 else None)
     return LatentReasoner(policy, latent).to(device), tokenizer
 
 
@@ -425,7 +431,8 @@ def train_supervised(cfg, name):
             "(" + ", ".join(f"stage {s}: {k}" for s, k in stages) + ")")
     accum = -(-cfg.batch_size // (cfg.micro_batch * run.world))
     if accum * run.world > cfg.batch_size:
-        raise ValueError(f"--batch_size {cfg.batch_size} is smaller than the number of processes {run.world}")
+        raise ValueError(f"--batch_size {cfg.batch_size} leaves a process without rows ({run.world} processes, "
+                         f"--micro_batch {cfg.micro_batch}): raise either")
     step, first, began = state["step"], 0, time.time()
     bar = run.bar(total, step)
     for stage, steps in stages:
@@ -472,7 +479,8 @@ def train_supervised(cfg, name):
             if step % cfg.log_every == 0 or step == total:
                 seconds = time.time() - began
                 parts = {k: v * run.world for k, v in run.mean({k: float(v) for k, v in parts.items()}).items()}
-                run.log(step=step, stage=stage, lr=lr, grad_norm=norm, seconds=round(seconds, 2), **parts)
+                run.log(step=step, stage=stage, lr=lr, grad_norm=norm, seconds=round(seconds, 2),
+                        memory_gb=run.memory_gb(), **parts)
                 bar.set_postfix(stage=stage, **{k: f"{v:.3f}" for k, v in parts.items()},
                                 examples_s=f"{cfg.batch_size * (step - state['step']) / seconds:.0f}")
             if step == total or (cfg.eval_every and step % cfg.eval_every == 0) or step == first + steps:
@@ -560,7 +568,8 @@ def train_rl(cfg, name):
                         rollouts_s=f"{Q * G / (clock[-1] - clock[0]):.0f}")
         times = dict(zip(("rollout_s", "score_s", "update_s"), np.round(np.diff(clock), 4).tolist()))
         if step % cfg.log_every == 0 or step == total:
-            run.log(step=step, lr=lr, skipped=skipped, seconds=round(time.time() - began, 2), **stats, **times)
+            run.log(step=step, lr=lr, skipped=skipped, seconds=round(time.time() - began, 2),
+                    memory_gb=run.memory_gb(), **stats, **times)
         if step == total or (cfg.eval_every and step % cfg.eval_every == 0):
             validate(run, model, tokenizer, valid, step, "rl")
         if step == total or step % cfg.save_every == 0:

@@ -345,7 +345,8 @@ class LatentReasoner(nn.Module):
                 logvars.append(logvar)
                 h = self.policy.hidden(embeds=z.to(dtype)[:, None], cache=cache, valid=alive[:, None])[:, 0]
         N = len(lives)
-        stack = lambda rows: torch.stack(rows, dim=1).unflatten(1, (N, c)) if N else h.new_zeros(len(h), 0, c, h.shape[1])
+        none = h.new_zeros(len(h), 0, c, h.shape[1])
+        stack = lambda rows: torch.stack(rows, dim=1).unflatten(1, (N, c)) if N else none
         if len(stop_logits) == N and N:
             stop_logits.append(torch.zeros_like(stop_logits[0]))  # nothing was decided there
         return Thought(stack(zs), stack(mus), stack(logvars) if self.config.vae else None,

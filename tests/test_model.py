@@ -160,7 +160,7 @@ def test_spare_tensors_of_old_checkpoints(tmp_path):
 def test_add_tokens(tied, like, tmp_path):
     net, tokens = small(tied), random_tokens(2, 9)
     before, old = net(tokens), copy.deepcopy(net)
-    net.add_tokens(64, like)
+    net.add_tokens([61, 62, 63], like)
     after = net(tokens)
     assert_close(after[..., :61], before)
     new = before.mean(dim=-1) if like is None else before[..., like]  # a mean row's logit is the mean logit
