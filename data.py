@@ -627,9 +627,9 @@ BUILTIN = {  # test sets mirror the paper's GSM8K, GSM-Hard, SVAMP and MultiArit
 }
 TEST_SETS = tuple(name for name, sizes in BUILTIN.items() if "test" in sizes)
 
-NAMES = "Ada Ben Cleo Dan Eve Finn Gina Hugo Iris Jack".split()
+NAMES = "Ada Ben Cleo Dan Eve Finn Gina Hugo".split()
 ITEMS = "coins cards books pens".split()
-LARGEST = 99  # every number of a question, a step and an answer is from 1 to LARGEST, one token each
+LARGEST = 60  # every number of a question, a step and an answer is from 1 to LARGEST, one token each
 
 COMMON = {  # by operation: on two given numbers, on another's count and a number, on the counts of two others
     "n+n": "{x} has {m} {item} and {n} more.", "n-n": "{x} has {m} {item} and loses {n}.",
@@ -667,9 +667,9 @@ class _Node:
 
 
 def _tree(rng, steps, wide):
-    """A random expression of `steps` operations, or None where a value leaves 1..50 (wide: 1..LARGEST)."""
-    large = (10, 45) if wide else (2, 20)
-    small = (10, 40) if wide else (1, 9)
+    """A random expression of `steps` operations, or None where a value leaves 1..30 (wide: 1..LARGEST)."""
+    large = (10, 40) if wide else (2, 12)
+    small = (10, 30) if wide else (1, 9)
     if steps > 2 and rng.random() < 0.4:  # two computed operands: their steps may come in either order
         left = rng.randint(1, steps - 2)
         children = [_tree(rng, left, wide), _tree(rng, steps - 1 - left, wide)]
@@ -677,7 +677,7 @@ def _tree(rng, steps, wide):
     else:
         children = [_tree(rng, steps - 1, wide)] if steps > 1 else []
         op = rng.choice("+-*")
-        numbers = (rng.randint(2, 4) if op == "*" else rng.randint(*small),)
+        numbers = (rng.randint(2, 3) if op == "*" else rng.randint(*small),)
         if not children:
             numbers = (rng.randint(*large), *numbers)
         op = op + "n" if children else f"n{op}n"
@@ -687,7 +687,7 @@ def _tree(rng, steps, wide):
         children.reverse()
     a, b = [c.value for c in children] + list(numbers)
     value = {"+": a + b, "-": a - b, "*": a * b}[op.strip("n")]
-    return _Node(op, value, numbers, tuple(children)) if 1 <= value <= (LARGEST if wide else 50) else None
+    return _Node(op, value, numbers, tuple(children)) if 1 <= value <= (LARGEST if wide else 30) else None
 
 
 def _random_order(rng, nodes):
@@ -713,12 +713,12 @@ def _problem(rng, id, bucket, lengths, wide, rare, distractors):
     steps = tuple(n.step() for n in _random_order(rng, nodes))
     for _ in range(distractors):
         n = rng.randint(2, 9)
-        nodes.append(_Node("n+n", None, (rng.randint(2, 20), n)) if rng.random() < 0.5 else
+        nodes.append(_Node("n+n", None, (rng.randint(2, 12), n)) if rng.random() < 0.5 else
                      _Node("+n", None, (n,), (rng.choice(nodes),)))
     name, item = dict(zip(nodes, rng.sample(NAMES, len(nodes)))), rng.choice(ITEMS)
     wording = RARE if rng.random() < rare else COMMON
-    said = [wording[n.op].format(x=name[n], item=item, m=n.numbers[0] if n.numbers else 0, n=n.numbers[-1] if n.numbers else 0,
-                                 **{k: name[c] for k, c in zip("yz", n.children)})
+    said = [wording[n.op].format(x=name[n], item=item, **dict(zip("nm", reversed(n.numbers))),
+                                 **dict(zip("yz", map(name.get, n.children))))
             for n in _random_order(rng, nodes)]
     said.append(wording["ask"].format(x=name[root], item=item))
     return Example(" ".join(said), steps, str(root.value), id)
@@ -730,7 +730,7 @@ def builtin(name, split):
     train and valid, each of TEST_SETS has test. ValueError for another split."""
     if split not in BUILTIN[name]:
         raise ValueError(f"built-in set {name!r} has no split {split!r} (it has {', '.join(BUILTIN[name])})")
-    mixed = (2, 2, 2, 2, 3, 3, 3, 3, 3, 4, 4, 4, 4, 4, 5, 5, 5, 6, 6, 6)
+    mixed = (2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 6, 6)
     lengths, wide, rare, distracted = {  # step counts; probability of large numbers, rare wording, a distractor
         "hard": ((5, 6), 1.0, 0.0, 0.0), "reworded": (mixed, 0.0, 1.0, 1.0), "easy": ((2, 3), 0.0, 0.0, 0.0),
     }.get(name, (mixed, 0.1, 0.1, 0.1))
@@ -744,6 +744,9 @@ def builtin(name, split):
     return list(examples.values())
 
 
+BUILTIN_PIECES = r"### | ?[A-Za-z]+(?: (?=[0-9]))?|[0-9]{1,2}|<<|>>\n?|\?\n?|[\s\S]"
+
+
 def builtin_tokenizer():
     """Whole words and whole numbers up to LARGEST. A word takes the space before it, and also the one after
     it where a number follows, so that a number is the same one token in questions and in steps."""
@@ -755,10 +758,6 @@ def builtin_tokenizer():
     words |= set(NAMES)  # as the first word
     return Tokenizer.from_words(sorted(w for w in words if len(w.encode()) > 1), BUILTIN_PIECES,
                                 ["<|end_of_text|>"])
-
-
-BUILTIN_PIECES = r"### | ?[A-Za-z]+(?: (?=[0-9]))?|[0-9]{1,2}|<<|>>\n?|\?\n?|[\s\S]"
-
 
 
 # --- encoding ---
@@ -888,8 +887,15 @@ def _fetch(url: str, part: Path, size: int, timeout: float) -> None:
             raise ConnectionError(f"the connection closed after {start} of {size} bytes")
 
 
+class Parser(argparse.ArgumentParser):
+    """Bad usage is one line and exit status 2."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="data.py", description="Download the datasets; without a name, list them.")
+    parser = Parser(prog="data.py", description="Download the datasets; without a name, list them.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"all, {', '.join(DATASETS)}")
     parser.add_argument("--from", dest="source_dir", metavar="DIR", help="take files from DIR where it has them")
     parser.add_argument("--data_dir", default="data", help="where the files go (default: data)")

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import TEST_SETS, Tokenizer, encode_all, extract_answer, is_correct, load, parse_number
+from data import TEST_SETS, Parser, Tokenizer, encode_all, extract_answer, is_correct, load, parse_number
 from model import read_json, write_json
 from rl import answer_texts, coherence, plan_texts
 from vae import LatentReasoner, Noise
@@ -117,13 +117,6 @@ def explanation(e):
     return "\n".join(lines)
 
 
-class Parser(argparse.ArgumentParser):
-    """Bad usage is one line and exit status 2."""
-
-    def error(self, message):
-        self.exit(2, f"error: {message} (see --help)\n")
-
-
 def run_main(main):
     """Call main(): user errors become one line on stderr and exit status 2, Ctrl-C 130."""
     try:
@@ -176,7 +169,7 @@ def main(argv=None):
     print(f"{ckpt} ({model.config.method})\n")
     print(table(rows + ([("mean", mean_figures(rows))] if len(rows) > 1 else [])))
     if args.json:
-        out = {"checkpoint": str(ckpt), "config": read_json(ckpt / "train.json"), "benchmarks": dict(rows)}
+        out = {"checkpoint": str(ckpt), "config": read_json(ckpt / "train.json")["config"], "benchmarks": dict(rows)}
         write_json(args.json, {**out, "explained": explained} if args.explain else out)
 
 

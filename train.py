@@ -31,8 +31,8 @@ from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-from data import BUILTIN, TEST_SETS, Tokenizer, builtin_tokenizer, encode_all, load
-from eval import Parser, evaluate, find_checkpoint, mean_figures, run_main, table
+from data import BUILTIN, TEST_SETS, Parser, Tokenizer, builtin_tokenizer, encode_all, load
+from eval import evaluate, find_checkpoint, mean_figures, run_main, table
 from model import LLaMA, LLaMAConfig, read_json, save_tensors, write_json
 from rl import LogProbs, advantages, objective, score
 from vae import END, METHODS, START, LatentConfig, LatentReasoner, Noise, collate, target_tokens
@@ -50,7 +50,7 @@ class Config:
     out_dir: str = "out"  # runs go to out_dir/vae, out_dir/rl, ...
     resume: bool = False  # go on from the newest checkpoint of the same run
     seed: int = 0  # of weights, data order and samples
-    baseline: int = 1600  # stage all: optimizer steps of an answer-only model (nocot), to compare with (0: none)
+    baseline: int = 1200  # stage all: optimizer steps of an answer-only model (nocot), to compare with (0: none)
     # model from nothing (--init "")
     hidden_size: int = 96  # d
     layers: int = 4  # transformer blocks
@@ -66,9 +66,9 @@ class Config:
     # supervised stage
     batch_size: int = 32  # examples an optimizer step, over all processes
     micro_batch: int = 32  # most examples a process takes through the model at once
-    cot_epochs: float = 1.92  # stage 0: text chain of thought (warm start)
+    cot_epochs: float = 1.6  # stage 0: text chain of thought (warm start)
     epochs_per_stage: float = 0.04  # each further stage makes one more step latent
-    final_epochs: float = 1.32  # further epochs with all steps latent
+    final_epochs: float = 1.84  # further epochs with all steps latent
     max_iters: int = 0  # scale the whole curriculum (rl: cut) to so many optimizer steps (0: as the epochs say)
     cot_lr: float = 2e-3  # peak learning rate of stage 0
     lr: float = 1.5e-3  # peak learning rate of the latent stages
@@ -81,7 +81,7 @@ class Config:
     # reinforcement learning
     rl_lr: float = 2e-5  # learning rate
     rl_warmup: int = 10  # steps of linear warm-up
-    rl_iters: int = 60  # batches of questions
+    rl_iters: int = 50  # batches of questions
     questions_per_step: int = 32  # over all processes
     group: int = 8  # rollouts a question
     minibatch: int = 256  # rollouts an optimizer step, over all processes

@@ -307,17 +307,16 @@ class LatentReasoner(nn.Module):
         mu, logvar = self.latent(h)
         return mu if logvar is None or eps is None else mu + torch.exp(0.5 * logvar) * eps, mu, logvar
 
-    def think(self, h, cache, steps=None, max_steps=None, noise=None):
+    def think(self, h, cache, steps=None, max_steps=None, eps=None, uniform=None):
         """The chain of latents, one position at a time, from h (B, d) at <|start-latent|>.
 
         steps (B,) with its maximum `max_steps` as a number: how many steps each row gets (training), else
-        the stop head decides (a fixed number without one). noise: for rows of latents (B, K, c, d) alone,
-        or a Noise for sampled stops too; None: z = mu and stop where p(stop) > 1/2."""
+        the stop head decides (a fixed number without one). eps (B, K, c, d): noise of the latents, None: z = mu.
+        uniform (B, K): samples the stop decisions, None: stop where p(stop) > 1/2."""
         K, c, dtype = self.config.max_steps, self.config.thoughts_per_step, self.policy.embed_tokens.weight.dtype
         decide = steps is None and self.stop_head is not None
         if steps is None and not decide:
             steps, max_steps = torch.full((len(h),), K, device=h.device), K
-        eps = noise.latent if isinstance(noise, Noise) else noise
         zs, mus, logvars, stop_logits, lives = [], [], [], [], []
         alive = torch.ones(len(h), dtype=torch.bool, device=h.device)
         stopped, stop_z = torch.zeros_like(alive), torch.zeros_like(precise(h))
@@ -327,7 +326,7 @@ class LatentReasoner(nn.Module):
                 stop_logits.append(precise(self.stop_head(z.to(dtype))))
             if decide:
                 p = stop_logits[-1].softmax(dim=-1)[:, 1]
-                stop = alive & (p > (noise.stop[:, k] if isinstance(noise, Noise) else 0.5))
+                stop = alive & (p > (0.5 if uniform is None else uniform[:, k]))
                 stopped, stop_z = stopped | stop, torch.where(stop[:, None], precise(z), stop_z)
                 alive = alive & ~stop
                 if not bool(alive.any()):
@@ -394,20 +393,20 @@ class LatentReasoner(nn.Module):
         device = self.policy.embed_tokens.weight.device
         start = [self.config.start_id] if self.config.latent else []
         prefix, valid = (t.to(device) for t in pad([q + start for q in questions]))
-        noise = None if noise is None else noise.to(device)
+        noise = noise and noise.to(device)
         cache = KVCache()
         h = last(self.policy.hidden(prefix, cache=cache, valid=valid), valid).repeat_interleave(group, dim=0)
         cache.expand(group)
         B, c = len(h), self.config.thoughts_per_step
         if self.config.latent:
-            t = self.think(h, cache, noise=noise)
+            t = self.think(h, cache, eps=noise and noise.latent, uniform=noise and noise.stop)
             end = torch.full((B, 1), self.config.end_id, device=device)
             h = self.policy.hidden(end, cache=cache)[:, 0]
         else:
             none = torch.zeros(B, dtype=torch.long, device=device)
             t = Thought(h.new_zeros(B, 0, c, h.shape[1]), None, None, none, None, None, none.bool())
         tokens, lengths, token_logp = generate(self.policy, h, cache, self.config.eos_id, max_tokens,
-                                               None if noise is None else noise.answer, temperature)
+                                               noise and noise.answer, temperature)
         used = torch.arange(t.z.shape[1], device=device) < t.steps[:, None]
         latent_logp = stop_logp = None
         sigma = 0.0

@@ -132,7 +132,7 @@ def test_methods_train_and_evaluate(tmp_path, data, method, capsys):
     train(command(tmp_path, data, "--max_iters", "6", "--method", method))
     evaluate(["--ckpt", str(tmp_path), "--data", data, "--limit", "5", "--json", str(tmp_path / "x.json")])
     got = json.loads((tmp_path / "x.json").read_text())
-    assert got["config"]["config"]["method"] == method
+    assert got["config"]["method"] == method
     assert got["benchmarks"][data]["latents"] == {"simcot": 3, "coconut": 3, "cot": 0, "nocot": 0}[method]
 
 
@@ -143,7 +143,7 @@ def test_evaluation_needs_only_the_checkpoint(tmp_path, rl, data, capsys):
     figures = got["benchmarks"][data]
     assert figures["n"] == 7 and set(figures) == {
         "n", "accuracy", "tokens", "latents", "coherence", "pass@1", "pass@2", "pass@4", "maj@4"}
-    assert got["checkpoint"].startswith(str(rl)) and got["config"]["config"]["hidden_size"] == 16
+    assert got["checkpoint"].startswith(str(rl)) and got["config"]["hidden_size"] == 16
     said = capsys.readouterr().out
     example = load(data, "test")[0]
     assert example.question in said and f"reference: {example.steps[0]}" in said and "| mean |" in said

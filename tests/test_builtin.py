@@ -1,0 +1,127 @@
+"""The built-in task, read back from its English by an independent solver."""
+
+import re
+from collections import Counter
+
+import pytest
+from data import BUILTIN, LARGEST, TEST_SETS, Tokenizer, builtin, builtin_tokenizer, encode_all
+
+SPLITS = [("builtin", "train"), ("builtin", "valid"), *((name, "test") for name in TEST_SETS)]
+PATTERNS = [  # sentence -> sign, operands (names or numbers)
+    (r"(\w+) (?:has|owns) (\d+) \w+ (?:and|plus) (\d+)(?: more)?", "+"), (r"(\w+) (?:has|owns) (\d+) \w+ (?:and loses|minus) (\d+)", "-"),
+    (r"(\w+) (?:has|owns) (\d+) (?:bags|boxes) of (\d+) \w+", "*"),
+    (r"(\w+) (?:has|owns) (?P<n>\d+) (?:more than|beyond) (?P<y>\w+)", "+"), (r"(\w+) (?:has|owns) (?P<n>\d+) (?:fewer than|under) (?P<y>\w+)", "-"),
+    (r"(\w+) (?:has|owns) (?P<n>\d+) times (?:as many as|what) (?P<y>\w+)(?: owns)?", "*"),
+    (r"(\w+) has as many as (\w+) and (\w+)", "+"), (r"(\w+) owns what (\w+) and (\w+) own", "+"),
+    (r"(\w+) has as many as (\w+) without (\w+)", "-"), (r"(\w+) owns what (\w+) owns less (\w+)", "-"),
+]
+OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
+
+
+def understand(question):
+    """{name: (sign, operand, operand)} and the name asked for."""
+    *said, ask = re.split(r"(?<=\.) ", question)
+    facts = {}
+    for sentence in said:
+        for pattern, sign in PATTERNS:
+            match = re.fullmatch(pattern, sentence[:-1])
+            if match:
+                operands = (match["y"], match["n"]) if "y" in match.re.groupindex else match.groups()[1:]
+                facts[match[1]] = (sign, *operands)
+                break
+        else:
+            raise AssertionError(sentence)
+    return facts, re.fullmatch(r"How many \w+ does (\w+) have\?|What number of \w+ is with (\w+)\?", ask).group(1, 2)
+
+
+def solve(facts, name, steps):
+    """Value and canonical expression of a name; each step needed is put into `steps`."""
+    if name.isdigit():
+        return int(name), name
+    sign, *operands = facts[name]
+    (a, x), (b, y) = (solve(facts, o, steps) for o in operands)
+    value = OPERATIONS[sign](a, b)
+    steps[f"<<{a}{sign}{b}={value}>>"] += 1
+    return value, (sign, *(sorted((str(x), str(y))) if sign == "+" else (str(x), str(y))))
+
+
+@pytest.fixture(scope="module")
+def understood():
+    out = {}
+    for name, split in SPLITS:
+        rows = builtin(name, split)
+        out[name, split] = []
+        for e in rows if split != "train" else rows[::8]:
+            facts, asked = understand(e.question)
+            steps = Counter()
+            value, key = solve(facts, next(filter(None, asked)), steps)
+            out[name, split].append((e, facts, value, key, steps))
+    return out
+
+
+def test_labels_are_right(understood):
+    """The steps are those of the question, each once, in an order in which operands come first; so is the answer."""
+    for rows in understood.values():
+        for e, _, value, _, steps in rows:
+            assert Counter(e.steps) == steps and e.answer == str(value)
+            results = set(re.findall(r"\d+", e.question))
+            for step in e.steps:
+                a, b, result = re.fullmatch(r"<<(\d+)[-+*](\d+)=(\d+)>>", step).groups()
+                assert {a, b} <= results and 1 <= int(result) <= LARGEST
+                results.add(result)
+
+
+def test_splits_are_disjoint(understood):
+    """No expression of a test or validation set occurs in training, whatever the names and the wording."""
+    seen = {}
+    for e in builtin("builtin", "train"):
+        facts, asked = understand(e.question)
+        seen.setdefault(str(solve(facts, next(filter(None, asked)), Counter())[1]), e)
+    valid = {str(key) for _, _, _, key, _ in understood["builtin", "valid"]}
+    tests = {str(key) for name in TEST_SETS for _, _, _, key, _ in understood[name, "test"]}
+    assert not (valid | tests) & seen.keys() and not valid & tests
+    assert len(seen) > 20_000
+
+
+def test_sizes_and_character_of_the_sets(understood):
+    for name, split in SPLITS:
+        assert len(builtin(name, split)) == BUILTIN[name][split]
+    lengths = lambda name: {len(e.steps) for e in builtin(name, "test")}
+    assert lengths("in_dist") == lengths("reworded") == {2, 3, 4, 5, 6} and lengths("hard") == {5, 6} and lengths("easy") == {2, 3}
+    distracted = lambda name: sum(len(facts) > len(e.steps) for e, facts, *_ in understood[name, "test"]) / 1000
+    assert distracted("reworded") == 1 and distracted("hard") == distracted("easy") == 0 and 0.05 < distracted("in_dist") < 0.15
+    assert all(" owns " in e.question for e in builtin("reworded", "test"))
+
+
+def test_several_orders_are_right_and_any_is_shown(understood):
+    """Where two steps do not depend on each other, the label shows them in the question's order about half the time."""
+    several = followed = 0
+    for e, facts, _, _, steps in understood["builtin", "train"]:
+        if len(facts) == len(e.steps) == 3 and len(steps) == 3 and all(o.isdigit() for f in list(facts.values())[:2] for o in f[1:]):
+            first = f"<<{facts[list(facts)[0]][1]}{facts[list(facts)[0]][0]}{facts[list(facts)[0]][2]}="
+            several += 1
+            followed += e.steps[0].startswith(first)
+    assert several > 200 and abs(followed / several - 0.5) < 5 * 0.5 / several**0.5
+
+
+def test_tokenizer(tmp_path):
+    """One token a number, no byte fallback in the task, and Hugging Face tokenizers gives the same ids."""
+    tokenizer = builtin_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    from tokenizers import Tokenizer as Theirs
+    theirs, again = Theirs.from_file(str(tmp_path / "tokenizer.json")), Tokenizer.from_pretrained(tmp_path)
+    number = {tokenizer.encode(str(i))[0] for i in range(LARGEST + 1)}
+    assert len(number) == LARGEST + 1
+    for name, split in SPLITS:
+        for e in builtin(name, split)[:300]:
+            for text in (e.question + "\n", *(s + "\n" for s in e.steps), "### " + e.answer):
+                ids = tokenizer.encode_ordinary(text)
+                assert ids == theirs.encode(text, add_special_tokens=False).ids == again.encode(text)
+                assert tokenizer.decode(ids) == text
+                assert sum(i in number for i in ids) == len(re.findall(r"\d+", text))
+    assert max(len(e.question) for e in encode_all(builtin("hard", "test"), tokenizer, 256)[0]) < 80
+
+
+def test_unknown_split():
+    with pytest.raises(ValueError, match="'easy' has no split 'train'"):
+        builtin("easy", "train")
