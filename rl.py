@@ -83,7 +83,8 @@ def advantages(reward, group, std=True, eps=1e-4):
     a = r - r.mean(dim=1, keepdim=True)
     if std:
         a = a / (r.std(dim=1, keepdim=True, unbiased=False) + eps)
-    return a.flatten()
+    # equal rewards teach nothing; their mean may still be off by rounding
+    return a.masked_fill(r.amax(dim=1, keepdim=True) == r.amin(dim=1, keepdim=True), 0.0).flatten()
 
 
 # --- objective ---

@@ -111,7 +111,7 @@ class Config:
 PRETRAINED = dict(
     data="gsm8k_aug", context=512, thoughts_per_step=2, max_steps=10, batch_size=256, micro_batch=32, cot_epochs=0.0,
     epochs_per_stage=2.0, final_epochs=5.0, cot_lr=1e-4, lr=1e-4, min_lr=0.1, warmup=100, beta2=0.999, rl_lr=1e-6,
-    rl_iters=0, questions_per_step=16, minibatch=16, eval_every=1000, save_every=1000)
+    baseline=0, rl_iters=0, questions_per_step=16, minibatch=16, eval_every=1000, save_every=1000)
 
 CHOICES = {"stage": ("all", "cot", "vae", "rl"), "method": tuple(METHODS), "device": ("auto", "cpu", "cuda"),
            "dtype": ("auto", "float32", "bfloat16"),
@@ -355,11 +355,15 @@ def load_optimizer(optimizer, names, file):
 
 
 def start_or_resume(run, cfg):
-    """(cfg to build the model from, state). A finished or interrupted run's newest checkpoint with --resume."""
-    if not cfg.resume:
+    """(cfg to build the model from, state). With --resume, those of the run's newest checkpoint; without, an earlier
+    run in the same folder is replaced. Of all stages in turn, the ones not begun yet begin."""
+    old = sorted(run.dir.glob("step-*"))
+    if not cfg.resume or (cfg.stage == "all" and not old):
+        if cfg.init and Path(cfg.init).resolve().is_relative_to(run.dir.resolve()):
+            raise ValueError(f"--init {cfg.init} is in {run.dir}, which this run replaces: give another --out_dir")
         if run.main:
-            for old in run.dir.glob("step-*"):
-                shutil.rmtree(old)
+            for ckpt in old:
+                shutil.rmtree(ckpt)
             (run.dir / "metrics.jsonl").unlink(missing_ok=True)
         return cfg, {"step": 0}
     ckpt = find_checkpoint(run.dir)
@@ -648,7 +652,7 @@ def main(argv=None):
                 rows["latents, imitation (vae)"] = train_supervised(cfg, "vae")
                 if dist.is_initialized():
                     dist.barrier()  # the checkpoint is there for every process
-                cfg = resolve({**given, "stage": "rl", "init": str(Path(cfg.out_dir) / "vae")})
+                cfg = resolve({**given, "init": str(Path(cfg.out_dir) / "vae")})
                 rows["latents, active planning (rl)"] = train_rl(cfg, "rl")
             else:
                 rows[cfg.method] = train_supervised(cfg, "vae")

@@ -34,6 +34,7 @@ def test_advantages():
     a = advantages(r, 4)
     assert torch.allclose(a, torch.tensor([1.0, -1, -1, 1, 0, 0, 0, 0]), atol=1e-3)
     assert advantages(r, 4, std=False).tolist() == [0.5, -0.5, -0.5, 0.5, 0, 0, 0, 0]
+    assert advantages(torch.full((7,), 1.6), 7).tolist() == [0.0] * 7  # though 7 x 1.6 / 7 is not 1.6 in fp32
     x = torch.randn(6, 8)
     torch.testing.assert_close(advantages(x.flatten(), 8).view(6, 8), (x - x.mean(1, True)) / (x.std(1, correction=0, keepdim=True) + 1e-4))
 

@@ -159,6 +159,30 @@ def test_checkpoint_opens_in_transformers(vae):
     torch.testing.assert_close(theirs(tokens).logits, ours(tokens), atol=1e-4, rtol=1e-4)
 
 
+def test_a_run_does_not_replace_its_own_start(vae, data):
+    with pytest.raises(ValueError, match="another --out_dir"):
+        train(command(vae, data, "--init", str(vae)))
+    assert find_checkpoint(vae / "vae")
+
+
+def test_all_stages_in_turn_and_resume(tmp_path, data, capsys, monkeypatch):
+    """The default job, small: its table, and --resume after it was stopped before the RL stage."""
+    import train as module
+    args = [*SMALL, "--out_dir", str(tmp_path), "--data", data, "--max_iters", "4", "--baseline", "4"]
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train_rl", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train(args)
+    train([*args, "--resume"])
+    said = capsys.readouterr().out
+    assert all(f"| {row}" in said for row in ("answer only (nocot)", "latents, imitation (vae)", "latents, active planning (rl)"))
+    assert {p.name for p in tmp_path.iterdir()} == {"nocot", "vae", "rl"}
+
+
 def test_rl_continues_settings_of_the_checkpoint(vae):
     cfg = resolve(parse(["--stage", "rl", "--init", str(vae), "--rl_lr", "1e-5"]))
     assert (cfg.hidden_size, cfg.max_steps, cfg.group, cfg.rl_lr) == (16, 3, 4, 1e-5)
