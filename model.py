@@ -265,10 +265,10 @@ class LLaMA(nn.Module):
                 branch = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=std / math.sqrt(2 * config.num_hidden_layers) if branch else std)
 
-    def compile_blocks(self):
+    def compile_blocks(self, backend="inductor"):
         """torch.compile of the causal pass, block by block: one graph serves all layers. Passes over a tail stay
         eager: they are short, and their shapes grow with every step."""
-        self.compiled = [torch.compile(layer, dynamic=True) for layer in self.layers]
+        self.compiled = [torch.compile(layer, dynamic=True, backend=backend) for layer in self.layers]
 
     def forward(self, tokens=None, embeds=None, cache=None, valid=None, at=None):
         """Logits (B, T, vocab), or (N, vocab) at the N positions where the bool mask `at` (B, T) is set."""
