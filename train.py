@@ -401,6 +401,18 @@ def finish_step(run, module, optimizer, lr, step, ids, parts):
     return norm
 
 
+def begin(cfg, name):
+    """What both kinds of training start from: a new run or a resumed one, its model and its data."""
+    run = Run(cfg, name)
+    cfg, state = start_or_resume(run, cfg)
+    model, tokenizer = build(cfg)
+    model.policy.activation_checkpointing = cfg.activation_checkpointing
+    names = {p: n for n, p in model.named_parameters()}
+    train = read_data(cfg, tokenizer, model, run, "train")
+    valid = read_data(cfg, tokenizer, model, run, "valid")[:cfg.eval_size]
+    return run, cfg, state, model, tokenizer, names, train, valid
+
+
 # --- supervised stage (paper, section 3.2) ---
 
 def curriculum(cfg, latent, n):
@@ -420,13 +432,7 @@ def curriculum(cfg, latent, n):
 
 def train_supervised(cfg, name):
     """Curriculum from text to latents (or text alone); the trained checkpoint is in out_dir/name."""
-    run = Run(cfg, name)
-    cfg, state = start_or_resume(run, cfg)
-    model, tokenizer = build(cfg)
-    model.policy.activation_checkpointing = cfg.activation_checkpointing
-    names = {p: n for n, p in model.named_parameters()}
-    train = read_data(cfg, tokenizer, model, run, "train")
-    valid = read_data(cfg, tokenizer, model, run, "valid")[:cfg.eval_size]
+    run, cfg, state, model, tokenizer, names, train, valid = begin(cfg, name)
     stages = curriculum(cfg, model.config.latent, len(train))
     total = sum(k for _, k in stages)
     text_steps = sum(k for s, k in stages if s == 0)
@@ -515,13 +521,7 @@ def validate(run, model, tokenizer, valid, step, stage):
 
 def train_rl(cfg, name):
     """GRPO on questions and answers, from the checkpoint cfg.init; the trained checkpoint is in out_dir/name."""
-    run = Run(cfg, name)
-    cfg, state = start_or_resume(run, cfg)
-    model, tokenizer = build(cfg)
-    model.policy.activation_checkpointing = cfg.activation_checkpointing
-    names = {p: n for n, p in model.named_parameters()}
-    train = read_data(cfg, tokenizer, model, run, "train")
-    valid = read_data(cfg, tokenizer, model, run, "valid")[:cfg.eval_size]
+    run, cfg, state, model, tokenizer, names, train, valid = begin(cfg, name)
     Q, G, d = cfg.questions_per_step, cfg.group, model.policy.config.hidden_size
     if run.world > Q:
         raise ValueError(f"--questions_per_step {Q} is smaller than the number of processes {run.world}")
