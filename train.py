@@ -201,8 +201,6 @@ class Run:
         self.compile = cfg.compile == "yes" or (cfg.compile == "auto" and gpu)
         self.dir = Path(cfg.out_dir) / name
         self.main = self.rank == 0
-        if self.main:
-            self.dir.mkdir(parents=True, exist_ok=True)
 
     def log(self, **values):
         """Append one line to metrics.jsonl."""
@@ -361,10 +359,6 @@ def start_or_resume(run, cfg):
     if not cfg.resume or (cfg.stage == "all" and not old):
         if cfg.init and Path(cfg.init).resolve().is_relative_to(run.dir.resolve()):
             raise ValueError(f"--init {cfg.init} is in {run.dir}, which this run replaces: give another --out_dir")
-        if run.main:
-            for ckpt in old:
-                shutil.rmtree(ckpt)
-            (run.dir / "metrics.jsonl").unlink(missing_ok=True)
         return cfg, {"step": 0}
     ckpt = find_checkpoint(run.dir)
     state = read_json(ckpt / "train.json")
@@ -410,6 +404,11 @@ def begin(cfg, name):
     names = {p: n for n, p in model.named_parameters()}
     train = read_data(cfg, tokenizer, model, run, "train")
     valid = read_data(cfg, tokenizer, model, run, "valid")[:cfg.eval_size]
+    if run.main and "optimizer" not in state:  # only now, when nothing can be wrong with the settings any more
+        run.dir.mkdir(parents=True, exist_ok=True)
+        for old in run.dir.glob("step-*"):
+            shutil.rmtree(old)
+        (run.dir / "metrics.jsonl").unlink(missing_ok=True)
     return run, cfg, state, model, tokenizer, names, train, valid
 
 

@@ -162,6 +162,8 @@ def test_checkpoint_opens_in_transformers(vae):
 def test_a_run_does_not_replace_its_own_start(vae, data):
     with pytest.raises(ValueError, match="another --out_dir"):
         train(command(vae, data, "--init", str(vae)))
+    with pytest.raises(ValueError, match="nothing"):  # nor does one that cannot begin replace anything
+        train(command(vae, "nothing"))
     assert find_checkpoint(vae / "vae")
 
 
@@ -215,7 +217,7 @@ def run(script, *args):
     (["--init", "nowhere"], "nowhere"), (["--stage", "rl", "--out_dir", "nowhere"], "nowhere"), (["--heads", "5"], "--heads"),
     (["--minibatch", "7"], "--minibatch"), (["--group", "1"], "--group"), (["--lr", "nan"], "--lr"), (["--lr", "-1"], "--lr"),
     (["--data", "nothing"], "nothing"), (["--stage", "vae", "--data", "gsm8k", "--data_dir", "nowhere"], "data.py gsm8k"),
-    (["--batch_size", "0"], "--batch_size"), (["--resume", "--out_dir", "nowhere"], "nowhere"),
+    (["--batch_size", "0"], "--batch_size"), (["--stage", "vae", "--resume", "--out_dir", "nowhere"], "nowhere"),
 ])
 def test_user_errors_of_train(args, words, capsys, tmp_path, monkeypatch):
     from eval import run_main
@@ -224,6 +226,7 @@ def test_user_errors_of_train(args, words, capsys, tmp_path, monkeypatch):
         run_main(lambda: train(args))
     err = capsys.readouterr().err
     assert e.value.code == 2 and words in err and err.count("\n") == 1 and err.startswith("error: "), err
+    assert not list(tmp_path.iterdir())  # nothing written
 
 
 def test_command_lines_really_exit_2(tmp_path):
