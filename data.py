@@ -611,7 +611,7 @@ def _ranks(tokens: dict[bytes, int], merges: list[tuple[bytes, bytes]], ignore_m
 # --- built-in task ---
 #
 # Arithmetic word problems about who has how many of something. Each question is a random expression
-# tree whose inner nodes are the steps; a node may be computed as soon as its children are, so most
+# tree whose inner nodes are the steps; a node may be computed as soon as its children are, so many
 # questions have several equally right step orders, and the label shows one of them at random: the
 # setting in which imitating one written chain of thought is a poor teacher (paper, section 1).
 #
