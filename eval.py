@@ -57,14 +57,14 @@ def evaluate(model, tokenizer, encoded, batch_size=128, samples=0, seed=0, max_t
         plans = plan_texts(model, rollout, tokenizer) if model.decoder is not None else [[]] * len(batch)
         latents = (rollout.steps * config.thoughts_per_step).tolist()
         for i, e, text, end, plan, used, n in zip(part, batch, texts, ended, plans, latents, rollout.lengths.tolist()):
-            totals["accuracy"] += is_correct(text, e.example)
+            correct = is_correct(text, e.example)
+            totals["accuracy"] += correct
             totals["latents"] += used
             totals["tokens"] += used + n - end
             totals["coherence"] += coherence(plan, extract_answer(text))
             if i < explain:
                 explained[i] = dict(id=e.example.id, question=e.example.question, reference=list(e.example.steps),
-                                    plan=plan, answer=text, right=e.example.answer,
-                                    correct=is_correct(text, e.example))
+                                    plan=plan, answer=text, right=e.example.answer, correct=correct)
         done += len(part)
         if progress:
             progress.update(len(part))
@@ -90,14 +90,19 @@ def evaluate(model, tokenizer, encoded, batch_size=128, samples=0, seed=0, max_t
     return figures, [explained[i] for i in sorted(explained)]
 
 
+def markdown(head, rows):
+    """A Markdown table of texts, the first column to the left."""
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def table(rows):
     """Markdown of [(label, figures)], in per cent where it is a share."""
     names = list(rows[0][1])
     share = lambda n: n in ("accuracy", "coherence") or "@" in n
     show = lambda f, n: f"{100 * f[n]:.1f}" if share(n) else f"{f[n]:.2f}" if n != "n" else str(f[n])
     head = ["", *(n + " %" if share(n) else n for n in names)]
-    lines = [head, ["---"] + ["---:"] * len(names)] + [[label, *(show(f, n) for n in names)] for label, f in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(head, [[label, *(show(f, n) for n in names)] for label, f in rows])
 
 
 def mean_figures(rows):

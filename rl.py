@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from data import extract_answer, is_correct, numbers_equal, parse_number, parse_step, well_formed
 from model import KVCache
-from vae import gaussian_logp, last, precise, stop_terms
+from vae import first, gaussian_logp, last, precise, stop_places, stop_terms
 
 
 # --- rewards ---
@@ -107,8 +107,7 @@ class LogProbs(nn.Module):
         h0 = h0.repeat_interleave(rollout.group, dim=0)
         cache.expand(rollout.group)
         steps, device = rollout.steps, rollout.z.device
-        used = torch.arange(N, device=device) < steps[:, None]
-        written = torch.arange(rollout.tokens.shape[1], device=device) < rollout.lengths[:, None]
+        used, written = first(steps, N), first(rollout.lengths, rollout.tokens.shape[1])
         embed = policy.embed_tokens
         if config.latent:
             ends = torch.full((B, 1), config.end_id, device=device)
@@ -129,10 +128,10 @@ class LogProbs(nn.Module):
             mu, logvar = self.model.latent(before.unflatten(1, (N, c)))
             latent = gaussian_logp(rollout.z, mu, logvar) * used[..., None]
         if rollout.stop_logp is not None:
-            first = torch.cat((rollout.z[:, :, 0], torch.zeros_like(rollout.stop_z)[:, None]), dim=1)  # (B, N + 1, d)
-            here = (torch.arange(N + 1, device=device) == steps[:, None]) & rollout.stopped[:, None]
-            first = torch.where(here[..., None], rollout.stop_z[:, None], first)
-            logits = precise(self.model.stop_head(first.to(embed.weight.dtype)))
+            seen = torch.cat((rollout.z[:, :, 0], torch.zeros_like(rollout.stop_z)[:, None]), dim=1)  # (B, N + 1, d)
+            here = stop_places(steps, rollout.stopped, N + 1)
+            seen = torch.where(here[..., None], rollout.stop_z[:, None], seen)
+            logits = precise(self.model.stop_head(seen.to(embed.weight.dtype)))
             stop = stop_terms(logits, steps, rollout.stopped)
         return latent, stop, token
 
@@ -146,10 +145,9 @@ def objective(new, rollout, advantage, total, clip=0.2, latent_coef=1.0, latent_
     over the d dimensions; latent_coef: weight of the latent terms (1 and False: the paper's)."""
     latent, stop, token = new
     steps, N, c = rollout.steps, rollout.z.shape[1], rollout.z.shape[2]
-    written = torch.arange(token.shape[1], device=token.device) < rollout.lengths[:, None]
+    used, written = first(steps, N), first(rollout.lengths, token.shape[1])
     sides = [(token - rollout.token_logp, written, 1.0)]
     diffs, masks = [], []
-    used = torch.arange(N, device=token.device) < steps[:, None]
     if latent is not None:
         diff = latent - rollout.latent_logp
         diff = diff / rollout.z.shape[-1] if latent_mean else diff
@@ -159,10 +157,9 @@ def objective(new, rollout, advantage, total, clip=0.2, latent_coef=1.0, latent_
         diffs.append(diff.flatten(1))
         masks.append(used.repeat_interleave(c, dim=1))
     if stop is not None:
-        k = torch.arange(N + 1, device=token.device)
         diffs.append(stop - rollout.stop_logp)
-        ends = (k == steps[:, None]) & rollout.stopped[:, None]
-        masks.append(ends if latent is not None else ends | (k < steps[:, None]))
+        ends = stop_places(steps, rollout.stopped, N + 1)
+        masks.append(ends if latent is not None else ends | first(steps, N + 1))
     if diffs:
         sides.append((torch.cat(diffs, dim=1), torch.cat(masks, dim=1), latent_coef))
     loss, ratios = 0.0, []

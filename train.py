@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from data import BUILTIN, TEST_SETS, Parser, Tokenizer, builtin_tokenizer, encode_all, load
-from eval import evaluate, find_checkpoint, mean_figures, run_main, table
+from eval import evaluate, find_checkpoint, markdown, mean_figures, run_main
 from model import LLaMA, LLaMAConfig, read_json, save_tensors, write_json
 from rl import LogProbs, advantages, objective, score
 from vae import END, METHODS, START, LatentConfig, LatentReasoner, Noise, collate, target_tokens
@@ -335,7 +335,7 @@ def save_checkpoint(run, model, tokenizer, optimizer, names, state):
     model.save_pretrained(tmp)
     tokenizer.save_pretrained(tmp)
     tensors = {f"{key}.{names[p]}": v.reshape(-1) if v.dim() == 0 else v
-               for p, s in optimizer.state.items() for key, v in s.items()} if optimizer is not None else {}
+               for p, s in optimizer.state.items() for key, v in s.items()}
     save_tensors(tensors, tmp / "optimizer.safetensors")
     write_json(tmp / "train.json", {"config": dataclasses.asdict(run.cfg), **state})
     shutil.rmtree(final, ignore_errors=True)
@@ -380,7 +380,7 @@ def lr_at(step, peak, first, steps, optimizer_step, cfg):
     return peak * (cfg.min_lr + (1 - cfg.min_lr) * cosine) * min(1.0, (optimizer_step + 1) / max(1, cfg.warmup))
 
 
-def finish_step(run, module, optimizer, lr, step, ids, parts):
+def finish_step(run, optimizer, lr, step, ids, parts):
     """Clip and step. A gradient that is not finite stops the run before the weights are touched."""
     params = [p for g in optimizer.param_groups for p in g["params"]]
     norm = float(torch.nn.utils.clip_grad_norm_(params, run.cfg.clip))
@@ -483,7 +483,7 @@ def train_supervised(cfg, name):
                     parts[k] = parts.get(k, 0.0) + v.detach()
             lr = lr_at(step, *cosine, step - first, cfg)
             step += 1
-            norm = finish_step(run, model, optimizer, lr, step, [e.example.id for e in examples], parts)
+            norm = finish_step(run, optimizer, lr, step, [e.example.id for e in examples], parts)
             bar.update()
             if step % cfg.log_every == 0 or step == total:
                 seconds = time.time() - began
@@ -564,7 +564,7 @@ def train_rl(cfg, name):
             skipped += 1  # every group has one reward: nothing to learn, on any process
         else:
             model.train()
-            stats |= update(run, model, ddp, optimizer, rollout, advantage, lr, step, [e.example.id for e in examples])
+            stats |= update(run, ddp, optimizer, rollout, advantage, lr, step, [e.example.id for e in examples])
         clock.append(time.time())
         bar.update()
         bar.set_postfix({k: f"{stats[k]:.3f}" for k in ("reward", "accuracy", "coherence")},
@@ -581,7 +581,7 @@ def train_rl(cfg, name):
     return model, tokenizer
 
 
-def update(run, model, ddp, optimizer, rollout, advantage, lr, step, ids):
+def update(run, ddp, optimizer, rollout, advantage, lr, step, ids):
     """Optimizer steps over one batch of rollouts. Each takes as many rollouts of every question, so that what is
     in it does not depend on the number of processes; a micro-batch is some questions with theirs."""
     cfg, G, questions = run.cfg, rollout.group, len(rollout.prefix)
@@ -598,7 +598,7 @@ def update(run, model, ddp, optimizer, rollout, advantage, lr, step, ids):
                 loss, stat = objective(new, cut, a, cfg.minibatch, cfg.ratio_clip, cfg.latent_coef, cfg.latent_mean)
                 (loss * run.world).backward()
             stats.append(stat)
-        norm = finish_step(run, model, optimizer, lr, step, ids, {"objective": loss.detach()})
+        norm = finish_step(run, optimizer, lr, step, ids, {"objective": loss.detach()})
     return run.mean({"grad_norm": norm, "ratio_max": max(s["ratio_max"] for s in stats),
                      "clip_frac": float(np.mean([s["clip_frac"] for s in stats]))})
 
@@ -619,9 +619,7 @@ def report(cfg, rows):
         accuracy = {n: f"{100 * f['accuracy']:.1f}" for n, f in [*sets, ("mean", mean)]}
         extra = {"tokens": f"{mean['tokens']:.2f}", "coherence": f"{100 * mean['coherence']:.1f}"}
         lines.append((label, accuracy | extra))
-    head = ["", *lines[0][1]]
-    rows = [head, ["---", *["---:"] * (len(head) - 1)], *([label, *f.values()] for label, f in lines)]
-    print("\n".join("| " + " | ".join(r) + " |" for r in rows))
+    print(markdown(["", *lines[0][1]], [[label, *f.values()] for label, f in lines]))
 
 
 def main(argv=None):

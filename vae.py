@@ -87,11 +87,16 @@ def gaussian_kl(mu, logvar):
     return 0.5 * (mu**2 + logvar.exp() - logvar - 1).mean(dim=-1)
 
 
+def first(counts, width):
+    """Bool mask (B, width) of the first counts (B,) places of each row."""
+    return torch.arange(width, device=counts.device) < counts[:, None]
+
+
 def pad(rows, value=0):
     """Right-padded int64 tensor (B, T) of lists of ids, and its bool mask of what is no padding."""
     width = max(1, max(map(len, rows)))
     out = torch.tensor([r + [value] * (width - len(r)) for r in rows])
-    return out, torch.arange(width) < torch.tensor([len(r) for r in rows])[:, None]
+    return out, first(torch.tensor([len(r) for r in rows]), width)
 
 
 # --- batches ---
@@ -273,12 +278,13 @@ def generate(model, h, cache, eos_id, max_tokens, uniform=None, temperature=1.0)
 class LatentReasoner(nn.Module):
     """Policy, latent head, stop head and decoder. forward(Batch) gives the parts of the supervised loss."""
 
-    def __init__(self, policy, config):
+    def __init__(self, policy, config, decoder=None):
+        """decoder: default, if config.decode asks for one, a copy of the policy."""
         super().__init__()
         self.config = config
         self.policy = policy
         d = policy.config.hidden_size
-        self.decoder = copy.deepcopy(policy) if config.decode else None
+        self.decoder = copy.deepcopy(policy) if config.decode and decoder is None else decoder
         self.latent_head = LatentHead(d) if config.head else None
         self.stop_head = nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.Linear(d, 2)) if config.stop else None
 
@@ -407,7 +413,7 @@ class LatentReasoner(nn.Module):
             t = Thought(h.new_zeros(B, 0, c, h.shape[1]), None, None, none, None, None, none.bool())
         tokens, lengths, token_logp = generate(self.policy, h, cache, self.config.eos_id, max_tokens,
                                                noise and noise.answer, temperature)
-        used = torch.arange(t.z.shape[1], device=device) < t.steps[:, None]
+        used = first(t.steps, t.z.shape[1])
         latent_logp = stop_logp = None
         sigma = 0.0
         if t.logvar is not None:
@@ -422,7 +428,7 @@ class LatentReasoner(nn.Module):
     def decode_steps(self, z, steps, max_tokens=16, rows=512):
         """Token ids, per row and step, of what the latents z (B, N, c, d) say in words (greedy); all used
         steps of the batch go through the decoder together (`rows` at a time, which bounds memory)."""
-        used = torch.arange(z.shape[1], device=z.device) < steps[:, None]
+        used = first(steps, z.shape[1])
         flat, out = z[used].to(self.decoder.embed_tokens.weight.dtype), []
         for part in flat.split(rows) if len(flat) else ():
             cache = KVCache()
@@ -450,9 +456,8 @@ class LatentReasoner(nn.Module):
         path = Path(path)
         config = LatentConfig(**read_json(path / "latent.json"))
         policy = LLaMA.from_pretrained(path, dtype, device)
-        model = cls(policy, config).to(device)
-        if config.decode:
-            model.decoder = LLaMA.from_pretrained(path / "decoder", dtype, device)
+        decoder = LLaMA.from_pretrained(path / "decoder", dtype, device) if config.decode else None
+        model = cls(policy, config, decoder).to(device)
         file = path / "heads.safetensors"
         own = {n: p for n, p in model.state_dict().items() if not n.startswith(("policy.", "decoder."))}
         if own:
@@ -468,9 +473,12 @@ def last(h, valid):
     return h[torch.arange(len(h), device=h.device), valid.sum(dim=1) - 1]
 
 
+def stop_places(steps, stopped, width):
+    """Bool mask (B, width) of the step at which a row chose to stop: `steps`, or none."""
+    return (torch.arange(width, device=steps.device) == steps[:, None]) & stopped[:, None]
+
+
 def stop_terms(stop_logits, steps, stopped):
     """log p of each stop decision taken (B, N): continue at steps 0 .. steps - 1, stop at `steps` where chosen."""
-    k = torch.arange(stop_logits.shape[1], device=steps.device)
-    logp = F.log_softmax(stop_logits, dim=-1)
-    ends = (k == steps[:, None]) & stopped[:, None]
-    return logp[..., 0] * (k < steps[:, None]) + logp[..., 1] * ends
+    N, logp = stop_logits.shape[1], F.log_softmax(stop_logits, dim=-1)
+    return logp[..., 0] * first(steps, N) + logp[..., 1] * stop_places(steps, stopped, N)

@@ -1,7 +1,6 @@
 """Independent oracles: a reasoner that reads every row alone, without cache or padding, and a tiny model."""
 
 import torch
-import torch.nn.functional as F
 
 from data import Encoded, Example
 from model import LLaMA, LLaMAConfig
@@ -66,7 +65,7 @@ def rollout(model, question, noise=None, row=0, max_tokens=16, temperature=1.0):
     seq = embed(policy, question + ([cfg.start_id] if cfg.latent else []))
     plan, latent_logp, stop_logp = [], [], []
     for k in range(cfg.max_steps if cfg.latent else 0):
-        start, step, logps, stopping = len(seq), [], [], False
+        step, logps, stopping = [], [], False
         for j in range(cfg.thoughts_per_step):
             h = read(policy, seq)
             if cfg.head:

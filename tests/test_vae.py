@@ -5,7 +5,7 @@ import math
 import naive
 import pytest
 import torch
-from vae import LatentReasoner, Noise, collate, gaussian_kl, gaussian_logp, generate
+from vae import LatentReasoner, Noise, collate, gaussian_kl, gaussian_logp
 
 METHODS = ("atp", "simcot", "coconut", "cot", "nocot")
 
