@@ -147,9 +147,107 @@ def rope_frequencies(config):
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding of x (..., T, D), the halves of D kept apart as Hugging Face stores them."""
+    """Rotary embedding of x (..., D), the halves of D kept apart as Hugging Face stores them."""
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+# --- rows: all that works on single positions runs on the real ones only, without padding ---
+
+class Pack(torch.autograd.Function):
+    """(B * T, ...) -> its rows `index`."""
+
+    @staticmethod
+    def forward(ctx, x, index):
+        ctx.save_for_backward(index)
+        ctx.shape = x.shape
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.new_zeros(ctx.shape).index_copy_(0, ctx.saved_tensors[0], grad), None
+
+
+class Unpack(torch.autograd.Function):
+    """The reverse: (N, ...) -> (B * T, ...), zeros elsewhere. `size`: B * T."""
+
+    @staticmethod
+    def forward(ctx, x, index, size):
+        ctx.save_for_backward(index)
+        return x.new_zeros(size, *x.shape[1:]).index_copy_(0, index, x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class Rows:
+    """Which positions of a (B, T) pass are real. Few that are not cost less to compute than to leave out."""
+
+    def __init__(self, B, T, valid=None, worth=64):
+        self.B, self.T, self.index = B, T, None
+        if valid is not None:
+            index = valid.flatten().nonzero().squeeze(1)
+            self.index = index if len(index) + worth <= B * T else None
+
+    def pack(self, x):
+        """(B, T, ...) -> (N, ...)"""
+        x = x.flatten(0, 1)
+        return x if self.index is None else Pack.apply(x, self.index)
+
+    def unpack(self, x):
+        """(N, ...) -> (B, T, ...), zeros elsewhere"""
+        x = x if self.index is None else Unpack.apply(x, self.index, self.B * self.T)
+        return x.unflatten(0, (self.B, self.T))
+
+
+# --- weights of many short passes: their gradient is one matrix product at the end, not one a pass ---
+
+class Hold(torch.autograd.Function):
+    """A weight, and at the end of backward the gradient that all uses of it have left in `uses`. Autograd runs this
+    node when every pass is done with it."""
+
+    @staticmethod
+    def forward(ctx, weight, dtype, uses):
+        ctx.uses, ctx.dtype = uses, weight.dtype
+        ctx.set_materialize_grads(False)
+        return weight.to(dtype, copy=True) if dtype != weight.dtype else weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if not ctx.uses:
+            return grad, None, None
+        x, g = (torch.cat(part) for part in zip(*ctx.uses))
+        ctx.uses.clear()
+        return (g.t() @ x).to(ctx.dtype), None, None
+
+
+class Use(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, uses):
+        ctx.save_for_backward(x, weight)
+        ctx.uses = uses
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        ctx.uses.append((x, grad))
+        return grad @ weight if ctx.needs_input_grad[0] else None, None, None
+
+
+class HeldLinear:
+    """A bias-free nn.Linear as the passes over a tail use it: a pass of a few rows costs a read of the weights, and
+    its own weight gradient would cost a write and an addition of as much again."""
+
+    def __init__(self, linear):
+        weight, self.uses = linear.weight, []
+        autocast = torch.is_autocast_enabled(weight.device.type)
+        self.dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+        self.weight = Hold.apply(weight, self.dtype, self.uses)
+
+    def __call__(self, x):
+        return Use.apply(x.to(self.dtype), self.weight, self.uses)
 
 
 class KVCache:
@@ -158,10 +256,11 @@ class KVCache:
     def __init__(self):
         self.group = 1
         self.prefix = None        # per layer: k, v (Q, KV, S, D)
-        self.prefix_bias = None   # (Q, 1, 1, 1, S) or None where no row is padded: 0, or -inf at padding
-        self.tail = None          # per layer: k, v (Q, KV, G, N, D)
+        self.prefix_bias = None   # (Q, 1, 1, 1, 1, S) or None where no row is padded: 0, or -inf at padding
+        self.tail = None          # per layer: k, v (Q, KV, G, N or more, D)
         self.valid = None         # (B, N) bool
         self.next_position = None  # (B,) position of each row's next token
+        self.held = None          # {nn.Linear: HeldLinear} where gradients are wanted
 
     def expand(self, group):
         """From now on each row of the prefix is continued by `group` rows of the batch."""
@@ -171,60 +270,71 @@ class KVCache:
         return self
 
 
+def append(tail, new, N):
+    """Columns `new` (Q, KV, G, T, D) after the first N of `tail` -> the tail to keep, and its N + T columns.
+
+    Autograd needs every version of the tail; without it there is one buffer with room to grow."""
+    if torch.is_grad_enabled():
+        tail = torch.cat((tail, new), dim=3)
+        return tail, tail
+    end = N + new.shape[3]
+    if end > tail.shape[3]:
+        tail = F.pad(tail, (0, 0, 0, max(16, end)))
+    tail[:, :, :, N:end] = new
+    return tail, tail[:, :, :, :end]
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        d, self.head_dim = config.hidden_size, config.head_dim
-        self.kv_heads = config.num_key_value_heads
-        self.repeat = config.num_attention_heads // self.kv_heads  # query heads that share a key head
-        self.q_proj = nn.Linear(d, config.num_attention_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(d, self.kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(d, self.kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, d, bias=False)
+        self.head_dim, self.heads, self.kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
+        self.sizes = [n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)]
+        self.qkv_proj = nn.Linear(config.hidden_size, sum(self.sizes), bias=False)  # queries, keys, values
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x, rope, past, bias):
-        """x (B, T, d) -> y (B, T, d), (k, v). `past`: None for a causal pass over a prefix, which gives
-        k, v (B, KV, T, D), else (prefix_k, prefix_v, tail_k, tail_v), which gives the longer tail."""
-        B, T, _ = x.shape
-        G = 1 if past is None else past[2].shape[2]
-        Q, KV, R, D = B // G, self.kv_heads, self.repeat, self.head_dim
-        q = self.q_proj(x).view(Q, G, T, KV, R, D).permute(0, 3, 1, 4, 2, 5)  # (Q, KV, G, R, T, D)
-        k = self.k_proj(x).view(Q, G, T, KV, 1, D).permute(0, 3, 1, 4, 2, 5)
-        v = self.v_proj(x).view(Q, G, T, KV, D).permute(0, 3, 1, 2, 4)        # (Q, KV, G, T, D)
-        q, k = rotate(q, *rope), rotate(k, *rope).squeeze(3)
+    def forward(self, x, rows, rope, past, bias, held):
+        """x (N, d) -> y (N, d), (k, v). `past`: None for a causal pass over a prefix, which gives k, v
+        (B, KV, T, D), else (prefix_k, prefix_v, tail_k, tail_v, columns of the tail in use), which gives the longer
+        tail."""
+        B, T, H, KV, D = rows.B, rows.T, self.heads, self.kv_heads, self.head_dim
+        qkv = apply(self.qkv_proj, x, held).unflatten(1, (H + 2 * KV, D))
+        qk = rows.unpack(rotate(qkv[:, :H + KV], *rope))
+        q, k, v = qk[:, :, :H], qk[:, :, H:], rows.unpack(qkv[:, H + KV:])  # (B, T, heads, D)
         if past is None:
-            k, v = k.squeeze(2), v.squeeze(2)
-            y = F.scaled_dot_product_attention(q.reshape(B, KV * R, T, D), k, v, is_causal=True, enable_gqa=R > 1)
-            y = y.view(Q, KV, G, R, T, D)
+            q, *kv = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            y = F.scaled_dot_product_attention(q, *kv, is_causal=True, enable_gqa=H > KV).transpose(1, 2)
         else:
-            prefix_k, prefix_v, tail_k, tail_v = past
-            prefix_bias, tail_bias = bias
-            k, v = torch.cat((tail_k, k), dim=3), torch.cat((tail_v, v), dim=3)
-            S = prefix_k.shape[2]
-            q = (q * D**-0.5).reshape(Q, KV, G * R * T, D)
+            prefix_k, prefix_v, tail_k, tail_v, N = past
+            Q, _, G, _, _ = tail_k.shape
+            R, S = H // KV, prefix_k.shape[2]
+            tail_k, k = append(tail_k, k.view(Q, G, T, KV, D).permute(0, 3, 1, 2, 4), N)
+            tail_v, v = append(tail_v, v.view(Q, G, T, KV, D).permute(0, 3, 1, 2, 4), N)
+            kv = tail_k, tail_v
             # the rows of a group are so many more queries to the one prefix: nothing is expanded
+            q = q.view(Q, G, T, KV, R, D).permute(0, 3, 1, 4, 2, 5).reshape(Q, KV, G * R * T, D) * D**-0.5
             to_prefix = (q @ prefix_k.transpose(-1, -2)).view(Q, KV, G, R * T, S)
-            if prefix_bias is not None:
-                to_prefix = to_prefix + prefix_bias
             to_tail = q.view(Q, KV, G, R * T, D) @ k.transpose(-1, -2)
-            if tail_bias is not None:
-                to_tail = (to_tail.view(Q, KV, G, R, T, -1) + tail_bias).flatten(3, 4)
-            p = torch.cat((to_prefix, to_tail), dim=-1)
+            p = (torch.cat((to_prefix, to_tail), dim=-1).view(Q, KV, G, R, T, -1) + bias).flatten(3, 4)
             p = p.softmax(dim=-1, dtype=torch.promote_types(p.dtype, torch.float32)).to(v.dtype)
             y = p[..., S:] @ v + (p[..., :S].reshape(Q, KV, G * R * T, S) @ prefix_v).view(Q, KV, G, R * T, D)
-            y = y.view(Q, KV, G, R, T, D)
-        return self.o_proj(y.permute(0, 2, 4, 1, 3, 5).reshape(B, T, KV * R * D)), (k, v)
+            y = y.view(Q, KV, G, R, T, D).permute(0, 2, 4, 1, 3, 5)
+        return apply(self.o_proj, rows.pack(y.reshape(B, T, H * D)), held), kv
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.sizes = [config.intermediate_size] * 2
+        self.gate_up_proj = nn.Linear(config.hidden_size, sum(self.sizes), bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x, held):
+        gate, up = apply(self.gate_up_proj, x, held).chunk(2, dim=-1)
+        return apply(self.down_proj, F.silu(gate) * up, held)
+
+
+def apply(linear, x, held):
+    return linear(x) if held is None else held[linear](x)
 
 
 class Block(nn.Module):
@@ -235,10 +345,10 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, past, bias):
-        y, kv = self.self_attn(self.input_layernorm(x), rope, past, bias)
+    def forward(self, x, rows, rope, past=None, bias=None, held=None):
+        y, kv = self.self_attn(self.input_layernorm(x), rows, rope, past, bias, held)
         x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x)), kv
+        return x + self.mlp(self.post_attention_layernorm(x), held), kv
 
 
 class LLaMA(nn.Module):
@@ -275,8 +385,13 @@ class LLaMA(nn.Module):
         h = self.hidden(tokens, embeds, cache, valid)
         return self.logits(h if at is None else h[at])
 
+    @property
+    def output_weight(self):
+        """(vocab, d)"""
+        return (self.lm_head or self.embed_tokens).weight
+
     def logits(self, h):
-        return F.linear(h, (self.lm_head or self.embed_tokens).weight)
+        return F.linear(h, self.output_weight)
 
     def hidden(self, tokens=None, embeds=None, cache=None, valid=None):
         """Last hidden states after the final norm (B, T, d), of token ids (B, T) or embeddings (B, T, d).
@@ -288,57 +403,61 @@ class LLaMA(nn.Module):
         B, T, _ = x.shape
         if self.inv_freq.device != x.device:
             self.inv_freq = self.inv_freq.to(x.device)
-        if cache is None or cache.prefix is None:
-            positions, past, bias = torch.arange(T, device=x.device), None, None
+        rows = Rows(B, T, valid)
+        tail = cache is not None and cache.prefix is not None
+        if tail:
+            positions, past, bias = self._extend(cache, rows, valid, x)
         else:
-            positions, past, bias = self._extend(cache, B, T, valid, x)
-        angles = positions[..., None].float() * self.inv_freq
-        angles = torch.cat((angles, angles), dim=-1)           # (T, D) or (B, T, D)
-        if past is not None:
-            angles = angles.view(-1, 1, cache.group, 1, T, angles.shape[-1])
+            positions = torch.arange(T, device=x.device).expand(B, T)
+        x = rows.pack(x)
+        angles = rows.pack(positions)[:, None, None].float() * self.inv_freq
+        angles = torch.cat((angles, angles), dim=-1)           # (N, 1, D)
         rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         kv = []
-        for i, layer in enumerate(self.compiled if self.compiled and past is None else self.layers):
-            args = (x, rope, None if past is None else past[i], bias)
+        for i, layer in enumerate(self.layers if tail or not self.compiled else self.compiled):
+            args = (x, rows, rope, past[i], bias, cache.held) if tail else (x, rows, rope)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x, layer_kv = checkpoint(layer, *args, use_reentrant=False)
             else:
                 x, layer_kv = layer(*args)
             kv.append(layer_kv)
-        if cache is not None:
-            if past is None:
-                self._start(cache, kv, B, T, valid, x)
-            else:
-                cache.tail = kv
-        return self.norm(x)
+        if tail:
+            cache.tail = kv
+        elif cache is not None:
+            self._start(cache, kv, rows, valid, x)
+        return rows.unpack(self.norm(x))
 
-    @staticmethod
-    def _start(cache, kv, B, T, valid, x):
-        cache.prefix = kv
-        cache.next_position = torch.full((B,), T, device=x.device)
+    def _start(self, cache, kv, rows, valid, x):
+        cache.prefix = [(k.contiguous(), v.contiguous()) for k, v in kv]
+        cache.next_position = torch.full((rows.B,), rows.T, device=x.device)
         if valid is not None and not bool(valid.all()):
             cache.next_position = valid.sum(dim=1)
-            cache.prefix_bias = x.new_zeros(B, 1, 1, 1, T).masked_fill_(~valid[:, None, None, None], -math.inf)
+            cache.prefix_bias = x.new_zeros(valid.shape).masked_fill_(~valid, -math.inf)[:, None, None, None, None]
+        if torch.is_grad_enabled() and x.requires_grad:
+            linears = (m for m in self.layers.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad)
+            cache.held = {m: HeldLinear(m) for m in linears} or None
 
     @staticmethod
-    def _extend(cache, B, T, valid, x):
-        """Positions (B, T) of T new columns, per-layer past, and biases: built once a pass, not in every layer."""
-        Q = B // cache.group
-        if valid is None:
+    def _extend(cache, rows, valid, x):
+        """Positions (B, T) of T new columns, per-layer past, and the bias: built once a pass, not in every layer."""
+        B, T, G = rows.B, rows.T, cache.group
+        Q, full = B // G, valid is None
+        if full:
             valid = torch.ones(B, T, dtype=torch.bool, device=x.device)
         positions = (cache.next_position[:, None] + valid.cumsum(dim=1) - 1).clamp_(min=0)
         cache.next_position = cache.next_position + valid.sum(dim=1)
+        k = cache.prefix[0][0]
         if cache.tail is None:
-            k = cache.prefix[0][0]
-            empty = k.new_empty(Q, k.shape[1], cache.group, 0, k.shape[3])
+            empty = k.new_empty(Q, k.shape[1], G, 0, k.shape[3])
             cache.tail, cache.valid = [(empty, empty)] * len(cache.prefix), valid
         else:
             cache.valid = torch.cat((cache.valid, valid), dim=1)
         N = cache.valid.shape[1]
         seen = cache.valid[:, None] & torch.ones(T, N, dtype=torch.bool, device=x.device).tril(N - T)
-        tail_bias = x.new_zeros(B, T, N).masked_fill_(~seen, -math.inf).view(Q, 1, cache.group, 1, T, N)
-        past = [p + t for p, t in zip(cache.prefix, cache.tail)]
-        return positions, past, (cache.prefix_bias, tail_bias)
+        bias = x.new_zeros(B, T, N).masked_fill_(~seen, -math.inf).view(Q, 1, G, 1, T, N)
+        prefix = x.new_zeros(()) if cache.prefix_bias is None else cache.prefix_bias
+        bias = torch.cat((prefix.expand(Q, 1, G, 1, T, k.shape[2]), bias), dim=-1)
+        return positions, [(*p, *t, N - T) for p, t in zip(cache.prefix, cache.tail)], bias
 
     @torch.no_grad()
     def add_tokens(self, ids, like=None):
@@ -356,9 +475,17 @@ class LLaMA(nn.Module):
 
     # --- checkpoints: Hugging Face's layout and names ---
 
-    @staticmethod
-    def disk_name(name):
-        return name if name.startswith("lm_head.") else f"model.{name}"
+    def disk_parts(self):
+        """{name in a Hugging Face file: the tensor, without gradient}: what is one matrix here is several there."""
+        parts = {}
+        for name, p in self.named_parameters():
+            owner, _, leaf = name.removesuffix(".weight").rpartition(".")
+            split = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}.get(leaf)
+            prefix = "" if leaf == "lm_head" else f"model.{owner}." if owner else "model."
+            sizes = [len(p)] if split is None else self.get_submodule(owner).sizes
+            for part, rows in zip(split or [leaf], p.detach().split(sizes)):
+                parts[f"{prefix}{part}.weight"] = rows
+        return parts
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
@@ -380,7 +507,7 @@ class LLaMA(nn.Module):
         with torch.device("meta"):
             model = cls(config)
         model.inv_freq = rope_frequencies(config)  # the one tensor that is no parameter
-        wanted = {cls.disk_name(n): p for n, p in model.named_parameters()}
+        wanted = model.disk_parts()
         for name, p in wanted.items():
             if name not in index:
                 raise ValueError(f"{path}: tensor {name} is missing")
@@ -393,18 +520,16 @@ class LLaMA(nn.Module):
         spare = {n for n in index.keys() - wanted.keys() if n != "lm_head.weight" and "rotary_emb" not in n}
         if spare:
             raise ValueError(f"{index[min(spare)][0]}: tensor {min(spare)!r} is not part of this architecture")
-        for name, p in list(model.named_parameters()):
-            file = index[cls.disk_name(name)][0]
-            owner, _, leaf = name.rpartition(".")
-            value = nn.Parameter(read_tensor(file, cls.disk_name(name), p.shape, dtype, device))
-            setattr(model.get_submodule(owner), leaf, value)
+        model = model.to(dtype).to_empty(device=device)
+        for name, out in model.disk_parts().items():
+            read_tensor(index[name][0], name, out)
         return model
 
     def save_pretrained(self, path):
         """Write config.json and model.safetensors, which transformers' LlamaForCausalLM opens."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        save_tensors({self.disk_name(n): p for n, p in self.named_parameters()}, path / "model.safetensors")
+        save_tensors(self.disk_parts(), path / "model.safetensors")
         write_json(path / "config.json", self.config.to_dict())
 
 
@@ -472,13 +597,11 @@ def tensor_headers(file):
         raise ValueError(f"{file}: not a readable safetensors file ({e})") from None
 
 
-def read_tensor(file, name, shape, dtype, device, chunk=2**24):
-    """One tensor of a safetensors file in `dtype`, copied in row slices of about `chunk` elements.
+def read_tensor(file, name, out, chunk=2**24):
+    """Fill `out` from one tensor of a safetensors file, in row slices of about `chunk` elements.
 
     The file is mapped anew for each slice, so that pages already copied do not stay resident."""
-    out = torch.empty(shape, dtype=dtype, device=device)
-    rows = max(1, chunk // max(1, math.prod(shape[1:])))
-    for start in range(0, shape[0], rows):
+    rows = max(1, chunk // max(1, math.prod(out.shape[1:])))
+    for start in range(0, out.shape[0], rows):
         with safe_open(file, framework="pt") as f:
             out[start:start + rows].copy_(f.get_slice(name)[start:start + rows])
-    return out

@@ -218,7 +218,7 @@ class Thought:
 @dataclass
 class Rollout:
     """Questions, each answered by `group` rows; row b answers question b // group. Log-probabilities are
-    those under which the row was sampled, 0 where there is nothing to choose."""
+    those under which the row was sampled, 0 where there is nothing to choose; a greedy one has none of its tokens."""
 
     prefix: torch.Tensor        # (Q, S)
     prefix_valid: torch.Tensor  # (Q, S)
@@ -231,7 +231,7 @@ class Rollout:
     lengths: torch.Tensor       # (B,) of `tokens`
     latent_logp: torch.Tensor | None  # (B, N, c)
     stop_logp: torch.Tensor | None    # (B, N + 1): continue at steps 0 .. steps - 1, stop at `steps`
-    token_logp: torch.Tensor    # (B, A)
+    token_logp: torch.Tensor | None  # (B, A)
     sigma: float = 0.0          # mean over the latents used
 
     def rows(self, index):
@@ -249,28 +249,66 @@ class Rollout:
 def generate(model, h, cache, eos_id, max_tokens, uniform=None, temperature=1.0):
     """Continue every row of a batch from its last hidden state h (B, d) until <eos> or max_tokens.
 
-    Greedy, or by inverse transform sampling with `uniform` (B, max_tokens).
-    Returns tokens (B, A), lengths (B,) with <eos> counted, log-probabilities (B, A), 0 past the end."""
-    alive = torch.ones(len(h), dtype=torch.bool, device=h.device)
-    tokens, logps, lives = [], [], []
+    Greedy, or by inverse transform sampling with `uniform` (B, max_tokens). Returns tokens (B, A), lengths (B,) with
+    <eos> counted, and the log-probabilities of what was sampled (B, A), 0 past the end; None where greedy."""
+    B, device = len(h), h.device
+    tokens = torch.zeros(B, max_tokens, dtype=torch.long, device=device)
+    logps = None if uniform is None else torch.zeros(B, max_tokens, device=device, dtype=precise(h[:0]).dtype)
+    lengths, rows = torch.zeros(B, dtype=torch.long, device=device), torch.arange(B, device=device)
     for i in range(max_tokens):
-        logp = F.log_softmax(precise(model.logits(h)) / temperature, dim=-1)
+        logits = model.logits(h[rows])  # of the rows that still write
         if uniform is None:
-            token = logp.argmax(dim=-1)
+            token = logits.argmax(dim=-1)
         else:
-            cdf = logp.exp().cumsum(dim=-1)
-            token = torch.searchsorted(cdf, uniform[:, i:i + 1] * cdf[:, -1:], right=True).squeeze(1)
-            token = token.clamp_(max=logp.shape[-1] - 1)
-        tokens.append(token)
-        logps.append(logp.gather(1, token[:, None]).squeeze(1))
-        lives.append(alive)
-        alive = alive & (token != eos_id)
-        if i + 1 == max_tokens or not bool(alive.any()):
+            logits = precise(logits) / temperature
+            top = logits.amax(dim=-1, keepdim=True)
+            cdf = (logits - top).exp_().cumsum(dim=-1)
+            total = cdf[:, -1:]
+            token = torch.searchsorted(cdf, uniform[rows, i:i + 1] * total, right=True).clamp_(max=cdf.shape[1] - 1)
+            logps[rows, i] = (logits.gather(1, token) - top - total.log()).squeeze(1)
+            token = token.squeeze(1)
+        tokens[rows, i] = token
+        lengths[rows] += 1
+        rows = rows[token != eos_id]
+        if i + 1 == max_tokens or not len(rows):
             break
-        h = model.hidden(token[:, None], cache=cache, valid=alive[:, None])[:, 0]
-    lives = torch.stack(lives, dim=1)
-    tokens = torch.stack(tokens, dim=1).masked_fill_(~lives, 0)
-    return tokens, lives.sum(dim=1), torch.stack(logps, dim=1) * lives
+        alive = torch.zeros(B, 1, dtype=torch.bool, device=device).index_fill_(0, rows, True)
+        h = model.hidden(tokens[:, i:i + 1], cache=cache, valid=alive)[:, 0]
+    return tokens[:, :i + 1], lengths, None if logps is None else logps[:, :i + 1]
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """sum_i w_i CE(weight h_i, target_i) of h (N, d), targets and w (N,), some rows at a time: logits over a whole
+    vocabulary never lie in memory at once. The result is one number, so its gradients are known, up to a factor, as
+    soon as it is. (torch.nn.functional.linear_cross_entropy does this too, but weighs no rows.)"""
+
+    @staticmethod
+    def forward(ctx, h, weight, targets, w, elements=2**23):
+        device = h.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
+        need = h.requires_grad or weight.requires_grad
+        grad_h = torch.empty_like(h) if need else None
+        grad_weight = torch.zeros_like(weight) if weight.requires_grad else None
+        total, cast = precise(h.new_zeros(())), weight.to(dtype)
+        rows = max(1, elements // len(weight))
+        with torch.autocast(device, enabled=False):
+            for start in range(0, len(h), rows):
+                part = slice(start, start + rows)
+                x, t, share = h[part].to(dtype), targets[part, None], w[part, None]
+                logp = precise(x @ cast.t()).log_softmax(dim=-1)
+                total -= (logp.gather(1, t) * share).sum()
+                if need:
+                    grad = logp.exp_().scatter_add_(1, t, -torch.ones_like(t, dtype=logp.dtype)).mul_(share).to(dtype)
+                    grad_h[part] = grad @ cast
+                    if grad_weight is not None:
+                        grad_weight.addmm_(grad.t().to(weight.dtype), x.to(weight.dtype))
+        ctx.save_for_backward(grad_h, grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, g):
+        grad_h, grad_weight = ctx.saved_tensors
+        return grad_h * g, None if grad_weight is None else grad_weight.mul_(g), None, None
 
 
 # --- the model ---
@@ -364,12 +402,15 @@ class LatentReasoner(nn.Module):
         of the global batch's mean. Gradients flow through the whole chain of latents."""
         losses = {}
         if batch.max_steps == 0:
-            h = self.policy.hidden(batch.prefix)
+            h = self.policy.hidden(batch.prefix, valid=batch.prefix_valid)
         else:
             cache = KVCache()
-            h = self.policy.hidden(batch.prefix, cache=cache, valid=batch.prefix_valid)
+            # one look-up, since the gradient of each is as large as the table
+            embeds = self.policy.embed_tokens(torch.cat((batch.prefix, batch.text), dim=1))
+            prefix, text = embeds.split((batch.prefix.shape[1], batch.text.shape[1]), dim=1)
+            h = self.policy.hidden(embeds=prefix, cache=cache, valid=batch.prefix_valid)
             thought = self.think(last(h, batch.prefix_valid), cache, batch.steps, batch.max_steps, batch.noise)
-            h = self.policy.hidden(batch.text, cache=cache, valid=batch.text_valid)
+            h = self.policy.hidden(embeds=text, cache=cache, valid=batch.text_valid)
             if self.stop_head is not None:
                 ce = F.cross_entropy(thought.stop_logits.flatten(0, 1), batch.stop_targets.flatten(), reduction="none")
                 losses["stop"] = (ce * batch.stop_weight.flatten()).sum()
@@ -377,19 +418,19 @@ class LatentReasoner(nn.Module):
                 losses["kl"] = (gaussian_kl(thought.mu, thought.logvar).mean(dim=2) * batch.step_weight).sum()
             if self.decoder is not None:
                 losses["decode"] = self.decode_loss(thought.z, batch)
-        at = batch.targets >= 0
-        logits = self.policy.logits(h[at])  # the vocabulary only where a token is asked for
-        losses["answer"] = F.cross_entropy(precise(logits), batch.targets[at], reduction="sum") * batch.token_weight
+        at = batch.targets >= 0  # the vocabulary only where a token is asked for
+        weight = torch.full((int(at.sum()),), batch.token_weight, device=h.device)
+        losses["answer"] = LinearCrossEntropy.apply(h[at], self.policy.output_weight, batch.targets[at], weight)
         return losses
 
     def decode_loss(self, z, batch):
         """Cross-entropy of each step's text given its latents, all steps of the batch in one pass."""
         embed = self.decoder.embed_tokens
         inputs = torch.cat((z[batch.decode_index].to(embed.weight.dtype), embed(batch.decode[:, :-1])), dim=1)
-        h = self.decoder.hidden(embeds=inputs)[:, z.shape[2] - 1:]
         at = batch.decode_weight > 0
-        ce = F.cross_entropy(precise(self.decoder.logits(h[at])), batch.decode[at], reduction="none")
-        return (ce * batch.decode_weight[at]).sum()
+        valid = F.pad(at[:, :-1], (z.shape[2], 0), value=True)  # the latents, and all words but the last
+        h = self.decoder.hidden(embeds=inputs, valid=valid)[:, z.shape[2] - 1:]
+        return LinearCrossEntropy.apply(h[at], self.decoder.output_weight, batch.decode[at], batch.decode_weight[at])
 
     @torch.no_grad()
     def rollout(self, questions, group=1, noise=None, max_tokens=16, temperature=1.0):

@@ -499,8 +499,8 @@ def test_loading_holds_no_second_copy(tmp_path):
     config = LLaMAConfig(50000, 1024, 2048, 3, 16, 16, 64)
     with torch.device("meta"):
         net = LLaMA(config)
-    values = {n: torch.ones(p.shape, dtype=torch.bfloat16) for n, p in net.named_parameters()}
-    model.save_tensors({LLaMA.disk_name(n): p for n, p in values.items()}, tmp_path / "model.safetensors")
+    values = {n: torch.ones(p.shape, dtype=torch.bfloat16) for n, p in net.disk_parts().items()}
+    model.save_tensors(values, tmp_path / "model.safetensors")
     model.write_json(tmp_path / "config.json", config.to_dict())
     small().save_pretrained(tmp_path / "small")
     done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path, tmp_path / "small"], capture_output=True, text=True,
