@@ -181,14 +181,29 @@ class Unpack(torch.autograd.Function):
         return grad.index_select(0, ctx.saved_tensors[0]), None, None
 
 
-class Rows:
-    """Which positions of a (B, T) pass are real. Few that are not cost less to compute than to leave out."""
+WORTH = 64   # fewer invalid positions than this cost less to compute than to leave out
+PART = 512   # least size of the groups of like length into which causal attention, which needs padding, cuts the rows
 
-    def __init__(self, B, T, valid=None, worth=64):
-        self.B, self.T, self.index = B, T, None
-        if valid is not None:
-            index = valid.flatten().nonzero().squeeze(1)
-            self.index = index if len(index) + worth <= B * T else None
+
+class Rows:
+    """Which positions of a (B, T) pass are real, and where they are when packed: shorter rows first."""
+
+    def __init__(self, B, T, valid=None, parts=1, worth=None):
+        """parts: at most so many groups of rows for causal attention."""
+        self.B, self.T, self.index, self.parts = B, T, None, [(slice(None), self)]
+        if valid is None or int(valid.sum()) + (worth or WORTH) > B * T:
+            return
+        lengths, order = valid.sum(dim=1).sort()
+        places = order[:, None] * T + torch.arange(T, device=valid.device)
+        self.index = places[valid[order]]
+        parts = min(parts, B, B * T // PART)
+        if parts > 1:
+            self.parts, start = [], 0
+            for part in lengths.tensor_split(parts):
+                size, T = int(part.sum()), max(1, int(part[-1]))
+                mask = torch.arange(T, device=valid.device) < part[:, None]
+                self.parts.append((slice(start, start + size), Rows(len(part), T, mask, worth=1)))
+                start += size
 
     def pack(self, x):
         """(B, T, ...) -> (N, ...)"""
@@ -293,32 +308,36 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
     def forward(self, x, rows, rope, past, bias, held):
-        """x (N, d) -> y (N, d), (k, v). `past`: None for a causal pass over a prefix, which gives k, v
-        (B, KV, T, D), else (prefix_k, prefix_v, tail_k, tail_v, columns of the tail in use), which gives the longer
-        tail."""
+        """x (N, d) -> y (N, d), (k, v). `past`: None for a causal pass over a prefix, which gives k, v (N, KV, D),
+        else (prefix_k, prefix_v, tail_k, tail_v, columns of the tail in use), which gives the longer tail."""
         B, T, H, KV, D = rows.B, rows.T, self.heads, self.kv_heads, self.head_dim
         qkv = apply(self.qkv_proj, x, held).unflatten(1, (H + 2 * KV, D))
-        qk = rows.unpack(rotate(qkv[:, :H + KV], *rope))
-        q, k, v = qk[:, :, :H], qk[:, :, H:], rows.unpack(qkv[:, H + KV:])  # (B, T, heads, D)
+        qk, v = rotate(qkv[:, :H + KV], *rope), qkv[:, H + KV:]
         if past is None:
-            q, *kv = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-            y = F.scaled_dot_product_attention(q, *kv, is_causal=True, enable_gqa=H > KV).transpose(1, 2)
+            kv, y = (qk[:, H:], v), []
+            for place, part in rows.parts:
+                parts = [t.transpose(1, 2) for t in (*part.unpack(qk[place]).split((H, KV), dim=2), part.unpack(v[place]))]
+                out = F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=H > KV)
+                y.append(part.pack(out.transpose(1, 2)))
+            y = torch.cat(y) if len(y) > 1 else y[0]
         else:
+            q, k = rows.unpack(qk).split((H, KV), dim=2)  # (B, T, heads, D)
+            v = rows.unpack(v)
             prefix_k, prefix_v, tail_k, tail_v, N = past
             Q, _, G, _, _ = tail_k.shape
             R, S = H // KV, prefix_k.shape[2]
-            tail_k, k = append(tail_k, k.view(Q, G, T, KV, D).permute(0, 3, 1, 2, 4), N)
-            tail_v, v = append(tail_v, v.view(Q, G, T, KV, D).permute(0, 3, 1, 2, 4), N)
+            tail_k, k = append(tail_k, k.reshape(Q, G, T, KV, D).permute(0, 3, 1, 2, 4), N)
+            tail_v, v = append(tail_v, v.reshape(Q, G, T, KV, D).permute(0, 3, 1, 2, 4), N)
             kv = tail_k, tail_v
             # the rows of a group are so many more queries to the one prefix: nothing is expanded
-            q = q.view(Q, G, T, KV, R, D).permute(0, 3, 1, 4, 2, 5).reshape(Q, KV, G * R * T, D) * D**-0.5
+            q = q.reshape(Q, G, T, KV, R, D).permute(0, 3, 1, 4, 2, 5).reshape(Q, KV, G * R * T, D) * D**-0.5
             to_prefix = (q @ prefix_k.transpose(-1, -2)).view(Q, KV, G, R * T, S)
             to_tail = q.view(Q, KV, G, R * T, D) @ k.transpose(-1, -2)
             p = (torch.cat((to_prefix, to_tail), dim=-1).view(Q, KV, G, R, T, -1) + bias).flatten(3, 4)
             p = p.softmax(dim=-1, dtype=torch.promote_types(p.dtype, torch.float32)).to(v.dtype)
             y = p[..., S:] @ v + (p[..., :S].reshape(Q, KV, G * R * T, S) @ prefix_v).view(Q, KV, G, R * T, D)
-            y = y.view(Q, KV, G, R, T, D).permute(0, 2, 4, 1, 3, 5)
-        return apply(self.o_proj, rows.pack(y.reshape(B, T, H * D)), held), kv
+            y = rows.pack(y.view(Q, KV, G, R, T, D).permute(0, 2, 4, 1, 3, 5).reshape(B, T, H * D))
+        return apply(self.o_proj, y.flatten(1), held), kv
 
 
 class MLP(nn.Module):
@@ -403,8 +422,9 @@ class LLaMA(nn.Module):
         B, T, _ = x.shape
         if self.inv_freq.device != x.device:
             self.inv_freq = self.inv_freq.to(x.device)
-        rows = Rows(B, T, valid)
         tail = cache is not None and cache.prefix is not None
+        # a GPU rather has few and large kernels
+        rows = Rows(B, T, valid, parts=1 if tail or self.compiled or x.is_cuda else 4)
         if tail:
             positions, past, bias = self._extend(cache, rows, valid, x)
         else:
@@ -428,7 +448,7 @@ class LLaMA(nn.Module):
         return rows.unpack(self.norm(x))
 
     def _start(self, cache, kv, rows, valid, x):
-        cache.prefix = [(k.contiguous(), v.contiguous()) for k, v in kv]
+        cache.prefix = [tuple(rows.unpack(t).transpose(1, 2).contiguous() for t in layer) for layer in kv]
         cache.next_position = torch.full((rows.B,), rows.T, device=x.device)
         if valid is not None and not bool(valid.all()):
             cache.next_position = valid.sum(dim=1)

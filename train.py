@@ -459,31 +459,10 @@ def train_supervised(cfg, name):
         ddp = run.wrap(model, model)
         model.train()
         while step < first + steps:
-            chosen = batch_indices(cfg.seed, step, len(train), cfg.batch_size)
-            examples = [train[i] for i in chosen]
-            noise = None
-            if model.config.vae and stage > 0:
-                shape = min(stage + 1, cfg.max_steps), cfg.thoughts_per_step, model.policy.config.hidden_size
-                noise = torch.randn(cfg.batch_size, *shape, generator=generator(cfg.seed, SFT_NOISE, step))
-            tokens = target_tokens(examples, model.config, stage)
-            # rows of like length go together: less padding, the same batch
-            length = [len(e.question) + sum(map(len, e.steps)) for e in examples]
-            parts = {}
-            for micro, rows in enumerate(np.array_split(np.argsort(length, kind="stable"), accum)):
-                rows = rows[run.rank::run.world]
-                batch = collate([examples[i] for i in rows], model.config, stage,
-                                None if noise is None else noise[rows], len(examples), tokens)
-                # gradients are averaged over processes once, at the last micro step
-                with ddp.no_sync() if run.world > 1 and micro + 1 < accum else nullcontext():
-                    with run.autocast:
-                        losses = ddp(batch.to(run.device))
-                    loss = sum(v * (cfg.beta_kl if k == "kl" else 1.0) for k, v in losses.items())
-                    (loss * run.world).backward()  # DDP takes the mean, the losses are shares of a sum
-                for k, v in losses.items():
-                    parts[k] = parts.get(k, 0.0) + v.detach()
+            examples = [train[i] for i in batch_indices(cfg.seed, step, len(train), cfg.batch_size)]
             lr = lr_at(step, *cosine, step - first, cfg)
             step += 1
-            norm = finish_step(run, optimizer, lr, step, [e.example.id for e in examples], parts)
+            norm, parts = supervised_step(run, ddp, optimizer, examples, stage, step, lr)
             bar.update()
             if step % cfg.log_every == 0 or step == total:
                 seconds = time.time() - began
@@ -499,6 +478,33 @@ def train_supervised(cfg, name):
         first += steps
     bar.close()
     return model, tokenizer
+
+
+def supervised_step(run, ddp, optimizer, examples, stage, step, lr):
+    """One optimizer step on a global batch; each process takes its rows. Returns gradient norm and loss parts."""
+    cfg, model = run.cfg, getattr(ddp, "module", ddp)
+    noise = None
+    if model.config.vae and stage > 0:
+        shape = min(stage + 1, cfg.max_steps), cfg.thoughts_per_step, model.policy.config.hidden_size
+        noise = torch.randn(len(examples), *shape, generator=generator(cfg.seed, SFT_NOISE, step - 1))
+    tokens = target_tokens(examples, model.config, stage)
+    # rows of like length go together: less padding, the same batch
+    order = np.argsort([len(e.question) + sum(map(len, e.steps)) for e in examples], kind="stable")
+    micro_steps = np.array_split(order, -(-len(examples) // (cfg.micro_batch * run.world)))
+    parts = {}
+    for micro, rows in enumerate(micro_steps):
+        rows = rows[run.rank::run.world]
+        batch = collate([examples[i] for i in rows], model.config, stage, None if noise is None else noise[rows],
+                        len(examples), tokens)
+        # gradients are averaged over processes once, at the last micro step
+        with ddp.no_sync() if run.world > 1 and micro + 1 < len(micro_steps) else nullcontext():
+            with run.autocast:
+                losses = ddp(batch.to(run.device))
+            loss = sum(v * (cfg.beta_kl if k == "kl" else 1.0) for k, v in losses.items())
+            (loss * run.world).backward()  # DDP takes the mean, the losses are shares of a sum
+        for k, v in losses.items():
+            parts[k] = parts.get(k, 0.0) + v.detach()
+    return finish_step(run, optimizer, lr, step, [e.example.id for e in examples], parts), parts
 
 
 def validate(run, model, tokenizer, valid, step, stage):
@@ -521,7 +527,7 @@ def validate(run, model, tokenizer, valid, step, stage):
 def train_rl(cfg, name):
     """GRPO on questions and answers, from the checkpoint cfg.init; the trained checkpoint is in out_dir/name."""
     run, cfg, state, model, tokenizer, names, train, valid = begin(cfg, name)
-    Q, G, d = cfg.questions_per_step, cfg.group, model.policy.config.hidden_size
+    Q, G = cfg.questions_per_step, cfg.group
     if run.world > Q:
         raise ValueError(f"--questions_per_step {Q} is smaller than the number of processes {run.world}")
     total = cfg.rl_iters or max(1, len(train) // Q)  # 0: one epoch over the questions
@@ -540,45 +546,50 @@ def train_rl(cfg, name):
     bar = run.bar(total, step)
     while step < total:
         chosen = batch_indices(cfg.seed + (RL_ORDER << 32), step, len(train), Q)
-        mine = list(range(Q))[run.rank::run.world]
-        examples = [train[chosen[i]] for i in mine]
-        noise = Noise.draw(Q * G, model.config, d, cfg.max_answer, generator(cfg.seed, RL_NOISE, step))
-        rows = torch.tensor([i * G + g for i in mine for g in range(G)])
-        clock = [time.time()]
-        model.eval()
-        with run.autocast:
-            rollout = model.rollout([e.question for e in examples], G, noise[rows], cfg.max_answer, cfg.temperature)
-        clock.append(time.time())
-        with run.autocast:
-            result = score(model, rollout, [e.example for e in examples], tokenizer, cfg.w_acc, cfg.w_fmt, cfg.w_coh)
-        clock.append(time.time())
-        advantage = advantages(result.reward, G, cfg.std_norm).to(run.device)
         step += 1
-        stats = {"reward": result.reward, "accuracy": result.correct, "well_formed": result.well_formed,
-                 "coherence": result.coherence, "latents": (rollout.steps * cfg.thoughts_per_step).float(),
-                 "sigma": torch.tensor(rollout.sigma), "advantage": advantage.abs()}
-        share = len(mine) * run.world / Q  # processes may have unlike shares of the questions
-        stats = run.mean({k: float(v.mean()) * share for k, v in stats.items()})
         lr = cfg.rl_lr * min(1.0, step / max(1, cfg.rl_warmup))
-        if stats["advantage"] == 0:
-            skipped += 1  # every group has one reward: nothing to learn, on any process
-        else:
-            model.train()
-            stats |= update(run, ddp, optimizer, rollout, advantage, lr, step, [e.example.id for e in examples])
-        clock.append(time.time())
+        stats = rl_step(run, ddp, optimizer, [train[i] for i in chosen], tokenizer, step, lr)
+        skipped += stats["advantage"] == 0
         bar.update()
         bar.set_postfix({k: f"{stats[k]:.3f}" for k in ("reward", "accuracy", "coherence")},
-                        rollouts_s=f"{Q * G / (clock[-1] - clock[0]):.0f}")
-        times = dict(zip(("rollout_s", "score_s", "update_s"), np.round(np.diff(clock), 4).tolist()))
+                        rollouts_s=f"{Q * G / (stats['rollout_s'] + stats['score_s'] + stats['update_s']):.0f}")
         if step % cfg.log_every == 0 or step == total:
             run.log(step=step, lr=lr, skipped=skipped, seconds=round(time.time() - began, 2),
-                    memory_gb=run.memory_gb(), **stats, **times)
+                    memory_gb=run.memory_gb(), **stats)
         if step == total or (cfg.eval_every and step % cfg.eval_every == 0):
             validate(run, model, tokenizer, valid, step, "rl")
         if step == total or step % cfg.save_every == 0:
             save_checkpoint(run, model, tokenizer, optimizer, names, {"step": step, "stage": "rl", "skipped": skipped})
     bar.close()
     return model, tokenizer
+
+
+def rl_step(run, ddp, optimizer, examples, tokenizer, step, lr):
+    """Rollouts of a global batch of questions, their rewards, and the optimizer steps on them; each process takes its
+    questions. Returns statistics. Where every group has one reward, there is nothing to learn and no step."""
+    cfg, model, G = run.cfg, getattr(ddp, "module", ddp).model, run.cfg.group
+    Q, d = len(examples), model.policy.config.hidden_size
+    mine = list(range(Q))[run.rank::run.world]
+    noise = Noise.draw(Q * G, model.config, d, cfg.max_answer, generator(cfg.seed, RL_NOISE, step - 1))
+    noise = noise[torch.tensor([i * G + g for i in mine for g in range(G)])]
+    clock = [time.time()]
+    model.eval()
+    with run.autocast:
+        rollout = model.rollout([examples[i].question for i in mine], G, noise, cfg.max_answer, cfg.temperature)
+        clock.append(time.time())
+        result = score(model, rollout, [examples[i].example for i in mine], tokenizer, cfg.w_acc, cfg.w_fmt, cfg.w_coh)
+    clock.append(time.time())
+    advantage = advantages(result.reward, G, cfg.std_norm).to(run.device)
+    stats = {"reward": result.reward, "accuracy": result.correct, "well_formed": result.well_formed,
+             "coherence": result.coherence, "latents": (rollout.steps * cfg.thoughts_per_step).float(),
+             "sigma": torch.tensor(rollout.sigma), "advantage": advantage.abs()}
+    share = len(mine) * run.world / Q  # processes may have unlike shares of the questions
+    stats = run.mean({k: float(v.mean()) * share for k, v in stats.items()})
+    if stats["advantage"] > 0:
+        model.train()
+        stats |= update(run, ddp, optimizer, rollout, advantage, lr, step, [e.example.id for e in examples])
+    clock.append(time.time())
+    return stats | dict(zip(("rollout_s", "score_s", "update_s"), np.round(np.diff(clock), 4).tolist()))
 
 
 def update(run, ddp, optimizer, rollout, advantage, lr, step, ids):

@@ -277,20 +277,23 @@ def generate(model, h, cache, eos_id, max_tokens, uniform=None, temperature=1.0)
     return tokens[:, :i + 1], lengths, None if logps is None else logps[:, :i + 1]
 
 
+LOGITS = 2**23  # that lie in memory at once
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """sum_i w_i CE(weight h_i, target_i) of h (N, d), targets and w (N,), some rows at a time: logits over a whole
     vocabulary never lie in memory at once. The result is one number, so its gradients are known, up to a factor, as
     soon as it is. (torch.nn.functional.linear_cross_entropy does this too, but weighs no rows.)"""
 
     @staticmethod
-    def forward(ctx, h, weight, targets, w, elements=2**23):
+    def forward(ctx, h, weight, targets, w):
         device = h.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
         need = h.requires_grad or weight.requires_grad
         grad_h = torch.empty_like(h) if need else None
         grad_weight = torch.zeros_like(weight) if weight.requires_grad else None
         total, cast = precise(h.new_zeros(())), weight.to(dtype)
-        rows = max(1, elements // len(weight))
+        rows = max(1, LOGITS // len(weight))
         with torch.autocast(device, enabled=False):
             for start in range(0, len(h), rows):
                 part = slice(start, start + rows)

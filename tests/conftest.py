@@ -1,7 +1,17 @@
 import os
 import sys
 
+import pytest
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 torch.set_num_threads(2)
+
+import model  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def pack_small_batches(monkeypatch):
+    """Padding is left out, and attention cut into parts, in the small batches of tests too."""
+    monkeypatch.setattr(model, "WORTH", 1)
+    monkeypatch.setattr(model, "PART", 8)

@@ -5,7 +5,7 @@ import math
 import naive
 import pytest
 import torch
-from vae import LatentReasoner, Noise, collate, gaussian_kl, gaussian_logp
+from vae import LatentReasoner, LinearCrossEntropy, Noise, collate, gaussian_kl, gaussian_logp
 
 METHODS = ("atp", "simcot", "coconut", "cot", "nocot")
 
@@ -116,6 +116,39 @@ def test_micro_batches_add_up():
     parts = [model(collate(rows[i:j], model.config, 2, noise[i:j], 7, tokens)) for i, j in ((0, 2), (2, 3), (3, 7))]
     for k in whole:
         torch.testing.assert_close(sum(p[k] for p in parts), whole[k])
+
+
+@pytest.mark.parametrize("stage", (0, 3))
+def test_leaving_padding_out_changes_nothing(stage, monkeypatch):
+    """Losses and gradients with padding computed, left out, and left out with attention in parts."""
+    rows, found = naive.examples(9), []
+    noise = torch.randn(9, 3, 2, 16, dtype=torch.float64)
+    for worth, part in ((10**9, 10**9), (1, 10**9), (1, 8)):
+        monkeypatch.setattr("model.WORTH", worth)
+        monkeypatch.setattr("model.PART", part)
+        model = naive.tiny(dtype=torch.float64)
+        losses = model(collate(rows, model.config, stage, noise))
+        sum(losses.values()).backward()
+        found.append([*losses.values(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], atol=1e-11, rtol=1e-9)
+
+
+def test_linear_cross_entropy_equals_torch(monkeypatch):
+    h, weight = torch.randn(7, 5, dtype=torch.float64), torch.randn(11, 5, dtype=torch.float64)
+    targets, w = torch.randint(11, (7,)), torch.rand(7, dtype=torch.float64)
+    results = []
+    for logits in (None, 1, 33, 10**6):
+        monkeypatch.setattr("vae.LOGITS", logits)
+        a, b = h.clone().requires_grad_(), weight.clone().requires_grad_()
+        if logits is None:
+            loss = (torch.nn.functional.cross_entropy(a @ b.t(), targets, reduction="none") * w).sum()
+        else:
+            loss = LinearCrossEntropy.apply(a, b, targets, w)
+        (3 * loss).backward()
+        results.append((loss.detach(), a.grad, b.grad))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0])
 
 
 @pytest.mark.parametrize("method", ("atp", "simcot"))
