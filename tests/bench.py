@@ -1,0 +1,374 @@
+"""Speed and memory: supervised training, reinforcement learning, evaluation, loading.
+
+    python tests/bench.py                                   all workloads (about 15 minutes on 2 cores)
+    python tests/bench.py --workloads E T --json bench.json
+
+S   SmolLM2-135M's shape, batch 8, up to 4 steps of 2 latents (its real weights and tokenizer from --smollm2 DIR)
+T   a small LLaMA with a big vocabulary (256 wide, 4 layers, 49152 tokens), batch 32, up to 8 steps of 2 latents
+E   the embedded default of train.py, all latent
+1B  Llama-3.2-1B's shape: random weights written in bfloat16, then loaded
+
+Questions: GSM8K's training set, those with 2 to K annotated steps, where --data_dir and --smollm2 have what that
+needs, else the built-in task. Weights are untrained where nothing else is said, so that rollouts and decoded steps
+run to their limit of 16 tokens: the worst case. Every measurement is a process of its own (peak memory!), and takes
+the peak of fp32 matrix products (2048 x 2048) before and after.
+
+Utilisation = useful FLOPs / s over that peak. Useful FLOPs of a forward pass, per layer and token: 2 x (matrix
+parameters of the layer); per layer and pair of a query and a key that it may see: 4 x heads x head_dim; per logit
+that a loss reads: 2 d. Plus the heads. Three times that with the backward pass. Padding, logits that nobody
+reads and the optimizer count nothing.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from data import Encoded, Tokenizer, builtin_tokenizer, encode_all, load  # noqa: E402
+from eval import evaluate, markdown  # noqa: E402
+from model import LLaMA, LLaMAConfig, write_json  # noqa: E402
+from rl import LogProbs  # noqa: E402
+from train import Config, Run, batch_indices, generator, make_optimizer, rl_step, supervised_step  # noqa: E402
+from vae import END, METHODS, START, LatentConfig, LatentReasoner, remaining_text  # noqa: E402
+
+WORKLOADS = {  # shape, then K, c, batch, questions x group of an RL step, rows of a micro-batch
+    "S": dict(shape=(576, 1536, 30, 9, 3), vocab=49152, K=4, c=2, batch=8, questions=4, group=8, micro=8),
+    "T": dict(shape=(256, 688, 4, 4, 4), vocab=49152, K=8, c=2, batch=32, questions=16, group=8, micro=32),
+    "E": dict(shape=(96, 256, 4, 4, 4), vocab=0, K=6, c=1, batch=32, questions=32, group=8, micro=32),
+}
+# The published SIM-CoT code (its class, transformers 4.46, the same weights, data, batch, AdamW, fp32) on 2 cores whose
+# peak was 100 GFLOP/s: examples/s, GB at most, and questions/s, one at a time as is its way. Measured apart.
+PUBLISHED = {"S": dict(sft=0.31, memory=8.7, generation=0.29), "T": dict(sft=0.69, memory=6.8, generation=0.77)}
+
+
+# --- what is measured ---
+
+def matmul_peak(device, seconds=0.5):
+    """GFLOP/s of fp32 matrix products, the best of several."""
+    a = torch.randn(2048, 2048, device=device)
+    best, end = 0.0, time.time() + seconds
+    a @ a
+    while time.time() < end:
+        best = max(best, 2 * 2048**3 / timed(lambda: a @ a, device) / 1e9)
+    return best
+
+
+def timed(f, device):
+    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    sync()
+    start = time.time()
+    f()
+    sync()
+    return time.time() - start
+
+
+def memory(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+class Bench:
+    """Model, data and Run of a workload."""
+
+    def __init__(self, name, args, steps=None, **changes):
+        self.spec = spec = WORKLOADS[name] | changes
+        d, ff, layers, heads, kv = spec["shape"]
+        cfg = Config(stage="vae", hidden_size=d, intermediate_size=ff, layers=layers, heads=heads, context=512,
+                     thoughts_per_step=spec["c"], max_steps=spec["K"], batch_size=spec["batch"],
+                     micro_batch=spec["micro"], questions_per_step=spec["questions"], group=spec["group"],
+                     minibatch=spec["questions"] * spec["group"], device=args.device, compile=args.compile)
+        self.run = Run(cfg, "bench")
+        self.device = self.run.device
+        real = name != "E" and args.smollm2 and Path(args.smollm2).is_dir()
+        tokenizer = Tokenizer.from_pretrained(args.smollm2) if real else builtin_tokenizer()
+        tokenizer.add_special(START, END)
+        gsm8k = real and (Path(args.data_dir) / "gsm8k_train.jsonl").is_file()
+        self.data = "gsm8k" if gsm8k else "built-in"
+        examples = load("gsm8k", "train", args.data_dir) if gsm8k else load("builtin", "train")
+        encoded, _ = encode_all(examples[:4000], tokenizer, 512)
+        if steps is None:
+            self.examples = [e for e in encoded if 2 <= len(e.steps) <= spec["K"]]
+        else:  # growth: the steps of each question over and over, to just so many
+            self.examples = [Encoded(e.question, [e.steps[i % len(e.steps)] for i in range(steps)], e.answer, e.example)
+                             for e in encoded if e.steps]
+        if spec["c"] and name == "S" and real:
+            policy, self.weights = LLaMA.from_pretrained(args.smollm2), "SmolLM2-135M"
+        else:
+            torch.manual_seed(0)
+            policy, self.weights = LLaMA(LLaMAConfig(spec["vocab"] or tokenizer.vocab_size, d, ff, layers, heads, kv,
+                                                     d // heads)), "random"
+        start, end = tokenizer.token_id(START), tokenizer.token_id(END)
+        policy.add_tokens([start, end])
+        config = LatentConfig(**METHODS["atp"], method="atp", thoughts_per_step=spec["c"], max_steps=spec["K"],
+                              start_id=start, end_id=end, eos_id=tokenizer.eos_id)
+        self.tokenizer, self.model = tokenizer, LatentReasoner(policy, config).to(self.device)
+
+    def batch(self, step, size):
+        return [self.examples[i] for i in batch_indices(0, step, len(self.examples), size)]
+
+    def useful_flops(self, examples):
+        """Of one supervised step, all latent (see the top of this file)."""
+        c, d = self.spec["c"], self.model.policy.config.hidden_size
+        total = 0.0
+        for e in examples:
+            n, rest = len(e.steps), len(remaining_text(e, self.model.config, self.spec["K"]))
+            tokens = len(e.question) + 1 + n * c + rest
+            total += forward_flops(self.model.policy.config, tokens, rest)
+            for k in range(n):
+                words = sum(map(len, e.steps[k:])) if k == self.spec["K"] - 1 else len(e.steps[k])
+                total += forward_flops(self.model.decoder.config, c + words, words + 1)
+            total += 2 * (4 * d * d * (n * c + 1) + d * d * (n + 1))  # latent head, stop head
+        return 3 * total
+
+
+def forward_flops(config, tokens, logits):
+    d, width = config.hidden_size, config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    matrices = d * (width + 2 * kv) + width * d + 3 * d * config.intermediate_size
+    pairs = tokens * (tokens + 1) / 2
+    return config.num_hidden_layers * (2 * matrices * tokens + 4 * width * pairs) + 2 * d * config.vocab_size * logits
+
+
+def sft(name, args, steps=None, seconds=20.0, **changes):
+    """Supervised steps, all latent: forward, backward, clip, AdamW."""
+    b = Bench(name, args, steps, **changes)
+    b.model.set_trainable(b.spec["K"])
+    b.model.train()
+    optimizer = make_optimizer(b.model, b.run.cfg)
+    ddp = b.run.wrap(b.model, b.model)
+    size, clock, flops = b.spec["batch"], [], []
+    peaks = [matmul_peak(b.device)]
+    end = None
+    for step in range(1, 10_000):
+        batch = b.batch(step, size)
+        clock.append(timed(lambda: supervised_step(b.run, ddp, optimizer, batch, b.spec["K"], step, 1e-6), b.device))
+        flops.append(b.useful_flops(batch))
+        end = end or time.time() + seconds  # the first step also pays for allocations and, on a GPU, compilation
+        if time.time() > end and len(clock) > 3:
+            break
+    gb = memory(b.device)
+    peaks.append(matmul_peak(b.device))
+    rate = sum(flops[1:]) / sum(clock[1:]) / 1e9
+    return {"examples_s": size * len(clock[1:]) / sum(clock[1:]), "step_s": float(np.median(clock[1:])),
+            "memory_gb": gb, "gflops": rate, "peak_gflops": max(peaks), "utilisation": rate / max(peaks),
+            "steps": len(clock) - 1, "data": b.data, "weights": b.weights}
+
+
+def rl(name, args, seconds=20.0, **changes):
+    """RL steps, in parts. Coherence is decoded for right answers alone, and untrained models give none: so the time
+    of decoding all plans is taken apart, and its share is that of a step in which it is needed for every rollout."""
+    b = Bench(name, args, **changes)
+    model, Q, G = b.model, b.spec["questions"], b.spec["group"]
+    model.set_trainable("rl")
+    optimizer = make_optimizer(model, b.run.cfg)
+    log_probs = LogProbs(model)
+    ddp = b.run.wrap(log_probs, model)
+    times, end = [], None
+    for step in range(1, 10_000):
+        batch = b.batch(step, Q)
+        stats = {}
+        wall = timed(lambda: stats.update(rl_step(b.run, ddp, optimizer, batch, b.tokenizer, step, 1e-9)), b.device)
+        if "grad_norm" not in stats:  # equal rewards: no update; the bench is no judge of answers
+            stats.update(forced_update(b, ddp, optimizer, batch, step))
+        times.append({"step_s": wall, **{k: v for k, v in stats.items() if k.endswith("_s")}})
+        end = end or time.time() + seconds
+        if time.time() > end and len(times) > 2:
+            break
+    rollout = model.rollout([e.question for e in batch], G, noise_of(b, Q * G, 1))
+    decode = timed(lambda: model.decode_steps(rollout.z, rollout.steps), b.device)
+    mean = {k: float(np.median([t[k] for t in times[1:]])) for k in ("rollout_s", "score_s", "update_s")}
+    mean["decode_all_s"] = decode
+    mean["step_s"] = mean["rollout_s"] + mean["score_s"] + mean["update_s"]
+    mean["decode_share"] = decode / (mean["rollout_s"] + decode + mean["update_s"])
+    mean["rollouts_s"] = Q * G / mean["step_s"]
+    return {**mean, "memory_gb": memory(b.device), "latents": float(rollout.steps.float().mean()) * b.spec["c"]}
+
+
+def noise_of(b, rows, step):
+    from vae import Noise
+    return Noise.draw(rows, b.model.config, b.model.policy.config.hidden_size, b.run.cfg.max_answer, generator(0, step))
+
+
+def forced_update(b, ddp, optimizer, batch, step):
+    """The update that random advantages make."""
+    from train import update
+    Q, G = b.spec["questions"], b.spec["group"]
+    rollout = b.model.rollout([e.question for e in batch], G, noise_of(b, Q * G, step), b.run.cfg.max_answer)
+    advantage = torch.randn(Q * G, generator=generator(1, step)).to(b.device)
+    b.model.train()
+    work = lambda: update(b.run, ddp, optimizer, rollout, advantage, 1e-9, step, [])
+    return {"update_s": timed(work, b.device)}
+
+
+def evaluation(name, args, seconds=15.0):
+    """Questions a second: greedy answers alone, and evaluate() with plans in words and coherence."""
+    b = Bench(name, args)
+    b.model.eval()
+    size = {"S": 64, "T": 256, "E": 512}[name]
+    questions = sorted(b.batch(0, size), key=lambda e: len(e.question))
+    greedy = lambda: [b.model.rollout([e.question for e in questions[i:i + 128]]) for i in range(0, size, 128)]
+    one = lambda: [b.model.rollout([e.question]) for e in questions[::size // 8]]
+    rows = b.model.rollout([e.question for e in questions[:8]])  # warm
+    generation = min(timed(greedy, b.device) for _ in range(2))
+    alone = timed(one, b.device) / 8
+    whole = timed(lambda: evaluate(b.model, b.tokenizer, questions, 128), b.device)
+    return {"generation_q_s": size / generation, "one_at_a_time_q_s": 1 / alone, "evaluate_q_s": size / whole,
+            "batching_gain": alone * size / generation, "memory_gb": memory(b.device),
+            "tokens": float(rows.lengths.float().mean())}
+
+
+def growth(name, args):
+    """Seconds an example as latents double, and seconds an RL step as the group does."""
+    latents = {}
+    for n in (4, 8, 16, 32):
+        steps = n // WORKLOADS[name]["c"]
+        latents[n] = 1 / sft(name, args, steps, seconds=6.0, K=steps, batch=8)["examples_s"]
+    group = {}
+    for g in (4, 8, 16):
+        out = rl(name, args, seconds=6.0, group=g, questions=4)
+        group[g] = out["rollout_s"] + out["update_s"]
+    return {"example_s": latents, "rl_step_s": group}
+
+
+SHAPE_1B = LLaMAConfig(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+                       num_attention_heads=32, num_key_value_heads=8, head_dim=64, rope_theta=500000.0,
+                       rope_scaling={"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
+                                     "high_freq_factor": 4.0, "original_max_position_embeddings": 8192})
+
+
+def write_1b(folder):
+    with torch.device("meta"):
+        model = LLaMA(SHAPE_1B)
+    model = model.bfloat16().to_empty(device="cpu")
+    for p in model.parameters():
+        p.detach().fill_(1.0) if p.dim() < 2 else p.detach().normal_(std=0.02)
+    model.save_pretrained(folder)
+
+
+def load_1b(folder, dtype):
+    """Loading against reading the file's bytes (both from the page cache), memory against the model's own."""
+    file = Path(folder) / "model.safetensors"
+
+    def read():
+        with open(file, "rb", buffering=0) as f:
+            buffer = bytearray(2**24)
+            while f.readinto(buffer):
+                pass
+
+    cpu = torch.device("cpu")
+    read()
+    reading = min(timed(read, cpu) for _ in range(2))
+    status = lambda key: int(next(r for r in open("/proc/self/status") if r.startswith(key)).split()[1]) * 1024
+    before, models = status("VmRSS"), []
+    loading = timed(lambda: models.append(LLaMA.from_pretrained(folder, dtype)), cpu)
+    grown = status("VmHWM") - before
+    size = sum(p.numel() * p.element_size() for p in models[0].parameters())
+    out = {"read_s": reading, "load_s": loading, "load_over_read": loading / reading, "model_gb": size / 1e9,
+           "peak_over_model": grown / size}
+    if dtype is torch.float32:
+        with torch.no_grad():
+            models[0](torch.arange(8)[None])
+            out["forward_128_tokens_s"] = timed(lambda: models[0](torch.arange(128)[None]), cpu)
+    return out
+
+
+# --- one process a measurement, and the tables ---
+
+def worker(job, args):
+    kind, *rest = job.split(":")
+    if kind == "write1b":
+        return write_1b(rest[0]) or {}
+    if kind == "load1b":
+        return load_1b(rest[0], getattr(torch, rest[1]))
+    return {"sft": sft, "rl": rl, "eval": evaluation, "growth": growth}[kind](rest[0], args)
+
+
+def measure(job, args):
+    print(job.split(":/")[0], "...", file=sys.stderr, flush=True)
+    flags = [f"--{k}={v}" for k, v in vars(args).items() if k in ("smollm2", "data_dir", "device", "compile", "threads")]
+    out = subprocess.run([sys.executable, __file__, "--worker", job, *flags], stdout=subprocess.PIPE, text=True)
+    if out.returncode:
+        sys.exit(f"bench: {job} failed")
+    return json.loads(out.stdout.splitlines()[-1])
+
+
+def report(results):
+    """The tables, as Markdown."""
+    f, x = (lambda v, n=2: f"{v:.{n}f}"), (lambda v: f"{v:.1f} x")
+    rows = []
+    for w in (w for w in WORKLOADS if w in results):
+        r, p = results[w], PUBLISHED.get(w)
+        s, e = r["sft"], r["eval"]
+        scale = s["peak_gflops"] / 100
+        against = lambda v, key: x(v / (p[key] * scale)) if p else ""
+        rows.append([w, f(s["examples_s"]), against(s["examples_s"], "sft"), f"{100 * s['utilisation']:.0f} %",
+                     f(s["memory_gb"], 1), f(s["memory_gb"] / p["memory"]) if p else "", f(e["generation_q_s"], 1),
+                     against(e["generation_q_s"], "generation"), f(e["evaluate_q_s"], 1), x(e["batching_gain"])])
+    if rows:
+        print(markdown(["", "SFT examples/s", "published", "utilisation", "peak GB", "of published", "answers/s",
+                        "published", "evaluate questions/s", "batched against one at a time"], rows), end="\n\n")
+    rows = [[w, f(r["rollout_s"]), f(r["score_s"]), f(r["decode_all_s"]), f(r["update_s"]),
+             f"{100 * r['decode_share']:.0f} %", f(r["rollouts_s"], 1), f(r["memory_gb"], 1)]
+            for w, r in ((w, results[w]["rl"]) for w in WORKLOADS if w in results)]
+    if rows:
+        print(markdown(["RL step", "rollout s", "reward s", "decoding all plans s", "update s", "share of decoding all",
+                        "rollouts/s", "peak GB"], rows), end="\n\n")
+    for w in (w for w in WORKLOADS if "growth" in results.get(w, {})):
+        g = results[w]["growth"]
+        for key, label in (("example_s", "seconds an example, latents"), ("rl_step_s", "seconds an RL step, group")):
+            print(markdown([f"{w}: {label}", *g[key]], [["", *(f(v, 3) for v in g[key].values())]]), end="\n\n")
+    if "1B" in results:
+        rows = [[k, f(r["read_s"]), f(r["load_s"]), x(r["load_over_read"]), f(r["model_gb"]), x(r["peak_over_model"]),
+                 f(r.get("forward_128_tokens_s", float("nan")))] for k, r in results["1B"].items()]
+        print(markdown(["1B", "read s", "load s", "ratio", "model GB", "peak memory / model", "forward, 128 tokens, s"],
+                       rows))
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--workloads", nargs="+", default=["S", "T", "E", "1B"], choices=["S", "T", "E", "1B"])
+    p.add_argument("--no-growth", action="store_true", help="leave out time against latents and group size")
+    p.add_argument("--smollm2", default=os.environ.get("SMOLLM2_DIR", ""), help="SmolLM2-135M, Hugging Face layout")
+    p.add_argument("--data_dir", default=str(next((d for d in (ROOT / "data", ROOT.parent / "shared" / "data")
+                                                   if d.is_dir()), "data")), help="where gsm8k_train.jsonl is")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--compile", default="auto")
+    p.add_argument("--threads", type=int, default=0)
+    p.add_argument("--json", metavar="FILE", help="write all figures there")
+    p.add_argument("--worker", help=argparse.SUPPRESS)
+    args = p.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.worker:
+        print(json.dumps(worker(args.worker, args)))
+        return
+    results = {}
+    for w in args.workloads:
+        if w == "1B":
+            with tempfile.TemporaryDirectory() as folder:
+                measure(f"write1b:{folder}", args)
+                results[w] = {t: measure(f"load1b:{folder}:{t}", args) for t in ("bfloat16", "float32")}
+            continue
+        results[w] = {kind: measure(f"{kind}:{w}", args) for kind in ("sft", "rl", "eval")}
+        if w != "S" and not args.no_growth:
+            results[w]["growth"] = measure(f"growth:{w}", args)
+    report(results)
+    if args.json:
+        write_json(args.json, {"torch": torch.__version__, "threads": torch.get_num_threads(),
+                               "published": PUBLISHED, "results": results})
+
+
+if __name__ == "__main__":
+    main()
