@@ -123,12 +123,13 @@ def explanation(e):
 
 
 def run_main(main):
-    """Call main(): user errors become one line on stderr and exit status 2, Ctrl-C 130."""
+    """Call main(): what users can mend becomes one line on stderr and exit status 2; a run that its numbers or the
+    machine (a full disk) end, one line and 1; Ctrl-C 130."""
     try:
         sys.exit(main())
-    except (ValueError, FileNotFoundError) as e:
+    except (ValueError, OSError, FloatingPointError) as e:
         print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(e, (ValueError, FileNotFoundError)) else 1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

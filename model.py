@@ -571,7 +571,10 @@ def write_json(file, value):
 
 
 def save_tensors(tensors, file):
-    save_file({n: t.detach().contiguous() for n, t in tensors.items()}, file, metadata={"format": "pt"})
+    try:
+        save_file({n: t.detach().contiguous() for n, t in tensors.items()}, file, metadata={"format": "pt"})
+    except SafetensorError as e:  # how the library says that the disk is full
+        raise OSError(f"{file}: {e}") from None
     with open(file, "rb+") as f:
         os.fsync(f.fileno())
 

@@ -11,15 +11,18 @@ Read in order: settings, set-up, checkpoints, supervised stage, reinforcement le
 
 import argparse
 import dataclasses
+import fcntl
 import json
 import math
 import os
 import re
 import resource
 import shutil
+import signal
 import sys
+import threading
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -201,6 +204,7 @@ class Run:
         self.compile = cfg.compile == "yes" or (cfg.compile == "auto" and gpu)
         self.dir = Path(cfg.out_dir) / name
         self.main = self.rank == 0
+        self.signal = 0  # number of a signal that asks the run to stop
 
     def log(self, **values):
         """Append one line to metrics.jsonl."""
@@ -230,6 +234,42 @@ class Run:
         t = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
         dist.all_reduce(t)
         return dict(zip(values, (t / self.world).tolist()))
+
+    @contextmanager
+    def claim(self):
+        """Make the run's folder and hold it. ValueError where another run holds it."""
+        if not self.main:
+            yield
+            return
+        self.dir.mkdir(parents=True, exist_ok=True)
+        lock = os.open(self.dir, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
+            for leftover in self.dir.glob(".tmp-*"):
+                shutil.rmtree(leftover)
+            yield
+        except BlockingIOError:
+            raise ValueError(f"{self.dir}: another run is writing there: wait for it, or give another --out_dir") from None
+        finally:
+            os.close(lock)
+
+    @contextmanager
+    def deferred_signals(self):
+        """Ctrl-C and SIGTERM let the step end and a checkpoint be written; a second one stops at once."""
+        def ask(number, _):
+            self.signal = number
+            signal.signal(number, before[number])
+        numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        before = {n: signal.signal(n, ask) for n in numbers}
+        try:
+            yield
+        finally:
+            for n, handler in before.items():
+                signal.signal(n, handler)
+
+    def asked_to_stop(self):
+        """The same answer on all processes: a signal may reach them at different steps."""
+        return self.mean({"stop": float(self.signal > 0)})["stop"] > 0
 
     def wrap(self, module, model):
         """Compile, then DDP."""
@@ -326,22 +366,37 @@ def read_data(cfg, tokenizer, model, run, split):
 # --- checkpoints ---
 
 def save_checkpoint(run, model, tokenizer, optimizer, names, state):
-    """A complete folder step-N, written under another name, then renamed; older ones beyond cfg.keep go."""
+    """A complete folder step-N, written under another name, flushed, then renamed. The newest cfg.keep are kept, and the
+    best by validation. OSError where it cannot be written; what was there before stands."""
     if not run.main:
         return
     final = run.dir / f"step-{state['step']:07d}"
     tmp = run.dir / f".tmp-{state['step']:07d}"
-    shutil.rmtree(tmp, ignore_errors=True)
-    model.save_pretrained(tmp)
-    tokenizer.save_pretrained(tmp)
     tensors = {f"{key}.{names[p]}": v.reshape(-1) if v.dim() == 0 else v
                for p, s in optimizer.state.items() for key, v in s.items()}
-    save_tensors(tensors, tmp / "optimizer.safetensors")
-    write_json(tmp / "train.json", {"config": dataclasses.asdict(run.cfg), **state})
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(tmp, final)
-    for old in sorted(run.dir.glob("step-*"))[:-run.cfg.keep]:
-        shutil.rmtree(old)
+    try:
+        model.save_pretrained(tmp)
+        tokenizer.save_pretrained(tmp)
+        save_tensors(tensors, tmp / "optimizer.safetensors")
+        write_json(tmp / "train.json", {"config": dataclasses.asdict(run.cfg), **state})
+        os.replace(tmp, final)
+        flush(run.dir)
+    except OSError as e:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise OSError(f"{final} could not be written ({e.strerror or e}); earlier checkpoints stand") from None
+    kept = sorted(run.dir.glob("step-*"))[-run.cfg.keep:]
+    for old in run.dir.glob("step-*"):
+        if old not in kept and int(old.name[5:]) != state["best"].get("step"):
+            shutil.rmtree(old)
+
+
+def flush(folder):
+    """Have a rename in `folder` on disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def load_optimizer(optimizer, names, file):
@@ -352,26 +407,24 @@ def load_optimizer(optimizer, names, file):
         optimizer.state[p][kind] = v.reshape(()) if kind == "step" else v.to(p.device)
 
 
-def start_or_resume(run, cfg):
-    """(cfg to build the model from, state). With --resume, those of the run's newest checkpoint; without, an earlier
-    run in the same folder is replaced. Of all stages in turn, the ones not begun yet begin."""
-    old = sorted(run.dir.glob("step-*"))
-    if not cfg.resume or (cfg.stage == "all" and not old):
-        if cfg.init and Path(cfg.init).resolve().is_relative_to(run.dir.resolve()):
-            raise ValueError(f"--init {cfg.init} is in {run.dir}, which this run replaces: give another --out_dir")
-        return cfg, {"step": 0}
-    ckpt = find_checkpoint(run.dir)
-    state = read_json(ckpt / "train.json")
-    saved = state.pop("config")
-    free = ("resume", "init", "micro_batch", "device", "threads", "save_every", "keep", "stage", "baseline", "out_dir")
-    for k, v in saved.items():
-        if k not in free and v != getattr(cfg, k, v):
-            raise ValueError(f"--resume: {ckpt} was made with --{k} {v}, not {getattr(cfg, k)}")
-    metrics = run.dir / "metrics.jsonl"
-    if run.main and metrics.exists():  # drop what was logged after the checkpoint, and a line cut by the kill
-        rows = [r for r in metrics.read_text().splitlines() if r.endswith("}")]
-        metrics.write_text("".join(r + "\n" for r in rows if json.loads(r)["step"] <= state["step"]))
-    return dataclasses.replace(cfg, init=str(ckpt)), {**state, "optimizer": ckpt / "optimizer.safetensors"}
+FREE = ("resume", "init", "micro_batch", "device", "compile", "threads", "log_every", "save_every", "keep", "stage",
+        "baseline", "out_dir")  # what a resumed run may change
+
+
+def resumed(cfg, given, folder):
+    """(cfg, checkpoint) of a run to go on with: its own settings, but for those of FREE. cfg as it is and None where
+    there is nothing to go on with. ValueError for a flag given anew that would make it another run."""
+    if not cfg.resume or not list(folder.glob("step-*/train.json")):
+        return cfg, None
+    ckpt = find_checkpoint(folder)
+    saved = read_json(ckpt / "train.json")["config"]
+    known = {f.name for f in dataclasses.fields(cfg)} - set(FREE)
+    for k in known & set(given) & set(saved):
+        if saved[k] != given[k] and not (k == "method" and cfg.stage == "cot"):
+            raise ValueError(f"--{k} {given[k]}: the run in {folder} was begun with --{k} {saved[k]}, which --resume keeps")
+    cfg = dataclasses.replace(cfg, **{k: v for k, v in saved.items() if k in known}, init=str(ckpt))
+    check(cfg)
+    return cfg, ckpt
 
 
 def lr_at(step, peak, first, steps, optimizer_step, cfg):
@@ -386,8 +439,8 @@ def finish_step(run, optimizer, lr, step, ids, parts):
     norm = float(torch.nn.utils.clip_grad_norm_(params, run.cfg.clip))
     if not math.isfinite(norm):
         bad = [k for k, v in parts.items() if not math.isfinite(float(v))] or ["gradient"]
-        raise RuntimeError(f"step {step}: {', '.join(bad)} is not finite; the last checkpoint stands "
-                           f"(batch: {', '.join(ids)})")
+        raise FloatingPointError(f"step {step}: {', '.join(bad)} is not finite; the last checkpoint stands "
+                                 f"(batch: {', '.join(ids)})")
     for g in optimizer.param_groups:
         g["lr"] = lr
     optimizer.step()
@@ -395,21 +448,41 @@ def finish_step(run, optimizer, lr, step, ids, parts):
     return norm
 
 
-def begin(cfg, name):
-    """What both kinds of training start from: a new run or a resumed one, its model and its data."""
+@contextmanager
+def begin(cfg, name, given):
+    """What both kinds of training start from: a new run or a resumed one, its model and its data. A new run takes the
+    place of an earlier one in its folder, but only here, when nothing can be wrong with the settings any more. The
+    folder is the run's, and signals are deferred, until the `with` block ends."""
+    folder = Path(cfg.out_dir) / name
+    cfg, ckpt = resumed(cfg, given, folder)
     run = Run(cfg, name)
-    cfg, state = start_or_resume(run, cfg)
+    if not ckpt and cfg.init and Path(cfg.init).resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"--init {cfg.init} is in {folder}, which this run replaces: give another --out_dir")
     model, tokenizer = build(cfg)
     model.policy.activation_checkpointing = cfg.activation_checkpointing
     names = {p: n for n, p in model.named_parameters()}
     train = read_data(cfg, tokenizer, model, run, "train")
     valid = read_data(cfg, tokenizer, model, run, "valid")[:cfg.eval_size]
-    if run.main and "optimizer" not in state:  # only now, when nothing can be wrong with the settings any more
-        run.dir.mkdir(parents=True, exist_ok=True)
-        for old in run.dir.glob("step-*"):
-            shutil.rmtree(old)
-        (run.dir / "metrics.jsonl").unlink(missing_ok=True)
-    return run, cfg, state, model, tokenizer, names, train, valid
+    with run.claim(), run.deferred_signals():
+        state = {"step": 0, "best": {}}
+        metrics = folder / "metrics.jsonl"
+        if ckpt:
+            state = read_json(ckpt / "train.json")
+            state |= {"init": state["config"]["init"], "optimizer": ckpt / "optimizer.safetensors"}
+            run.cfg = dataclasses.replace(cfg, init=state.pop("config")["init"])
+            run.say(f"{name}: resumed at step {state['step']} of {ckpt}")
+        if run.main and ckpt and metrics.exists():  # drop what was logged after the checkpoint, and a line cut by a kill
+            rows = [r for r in metrics.read_text().splitlines() if r.endswith("}")]
+            kept = "".join(r + "\n" for r in rows if json.loads(r)["step"] <= state["step"])
+            metrics.with_suffix(".tmp").write_text(kept)
+            os.replace(metrics.with_suffix(".tmp"), metrics)
+        elif run.main and not ckpt:
+            if cfg.resume:
+                run.say(f"{name}: nothing to resume in {folder}: it begins")
+            for old in folder.glob("step-*"):
+                shutil.rmtree(old)
+            metrics.unlink(missing_ok=True)
+        yield run, run.cfg, state, model, tokenizer, names, train, valid
 
 
 # --- supervised stage (paper, section 3.2) ---
@@ -429,55 +502,53 @@ def curriculum(cfg, latent, n):
     return steps
 
 
-def train_supervised(cfg, name):
+def train_supervised(cfg, name, given):
     """Curriculum from text to latents (or text alone); the trained checkpoint is in out_dir/name."""
-    run, cfg, state, model, tokenizer, names, train, valid = begin(cfg, name)
-    stages = curriculum(cfg, model.config.latent, len(train))
-    total = sum(k for _, k in stages)
-    text_steps = sum(k for s, k in stages if s == 0)
-    size = sum(p.numel() for p in model.policy.parameters()) / 1e6
-    run.say(f"{name}: {cfg.method}, {size:.2f} M parameters, {len(train)} examples, {total} steps of {cfg.batch_size} "
-            "(" + ", ".join(f"stage {s}: {k}" for s, k in stages) + ")")
-    accum = -(-cfg.batch_size // (cfg.micro_batch * run.world))
-    if accum * run.world > cfg.batch_size:
-        raise ValueError(f"--batch_size {cfg.batch_size} leaves a process without rows ({run.world} processes, "
-                         f"--micro_batch {cfg.micro_batch}): raise either")
-    step, first, began = state["step"], 0, time.time()
-    bar = run.bar(total, step)
-    for stage, steps in stages:
-        if step >= first + steps:  # done before the checkpoint
+    with begin(cfg, name, given) as (run, cfg, state, model, tokenizer, names, train, valid):
+        stages = curriculum(cfg, model.config.latent, len(train))
+        total = sum(k for _, k in stages)
+        text_steps = sum(k for s, k in stages if s == 0)
+        size = sum(p.numel() for p in model.policy.parameters()) / 1e6
+        run.say(f"{name}: {cfg.method}, {size:.2f} M parameters, {len(train)} examples, {total} steps of {cfg.batch_size} "
+                "(" + ", ".join(f"stage {s}: {k}" for s, k in stages) + ")")
+        accum = -(-cfg.batch_size // (cfg.micro_batch * run.world))
+        if accum * run.world > cfg.batch_size:
+            raise ValueError(f"--batch_size {cfg.batch_size} leaves a process without rows ({run.world} processes, "
+                             f"--micro_batch {cfg.micro_batch}): raise either")
+        step, first, began, begun_at = state["step"], 0, time.time(), state["step"]
+        bar = run.bar(total, step)
+        for stage, steps in stages:
+            if step >= first + steps:  # done before the checkpoint
+                first += steps
+                continue
+            if stage > 0 and step == first and first == text_steps and not (cfg.init and first == 0):
+                model.copy_decoder()
+            model.set_trainable(stage)
+            # one cosine over the text stage, another over all latent stages
+            cosine = (cfg.cot_lr, 0, text_steps) if stage == 0 else (cfg.lr, text_steps, total - text_steps)
+            optimizer = make_optimizer(model, cfg)  # made anew at each stage
+            if step > first:
+                load_optimizer(optimizer, names, state["optimizer"])
+            ddp = run.wrap(model, model)
+            model.train()
+            while step < first + steps:
+                examples = [train[i] for i in batch_indices(cfg.seed, step, len(train), cfg.batch_size)]
+                lr = lr_at(step, *cosine, step - first, cfg)
+                step += 1
+                norm, parts = supervised_step(run, ddp, optimizer, examples, stage, step, lr)
+                bar.update()
+                if step % cfg.log_every == 0 or step == total:
+                    seconds = time.time() - began
+                    parts = {k: v * run.world for k, v in run.mean({k: float(v) for k, v in parts.items()}).items()}
+                    run.log(step=step, stage=stage, lr=lr, grad_norm=norm, seconds=round(seconds, 2),
+                            memory_gb=run.memory_gb(), **parts)
+                    bar.set_postfix(stage=stage, **{k: f"{v:.3f}" for k, v in parts.items()},
+                                    examples_s=f"{cfg.batch_size * (step - begun_at) / seconds:.0f}")
+                state |= {"step": step, "stage": stage}
+                end_step(run, model, tokenizer, optimizer, names, valid, state, total, step == first + steps)
             first += steps
-            continue
-        if stage > 0 and step == first and first == text_steps and not (cfg.init and first == 0):
-            model.copy_decoder()
-        model.set_trainable(stage)
-        # one cosine over the text stage, another over all latent stages
-        cosine = (cfg.cot_lr, 0, text_steps) if stage == 0 else (cfg.lr, text_steps, total - text_steps)
-        optimizer = make_optimizer(model, cfg)  # made anew at each stage
-        if step > first:
-            load_optimizer(optimizer, names, state["optimizer"])
-        ddp = run.wrap(model, model)
-        model.train()
-        while step < first + steps:
-            examples = [train[i] for i in batch_indices(cfg.seed, step, len(train), cfg.batch_size)]
-            lr = lr_at(step, *cosine, step - first, cfg)
-            step += 1
-            norm, parts = supervised_step(run, ddp, optimizer, examples, stage, step, lr)
-            bar.update()
-            if step % cfg.log_every == 0 or step == total:
-                seconds = time.time() - began
-                parts = {k: v * run.world for k, v in run.mean({k: float(v) for k, v in parts.items()}).items()}
-                run.log(step=step, stage=stage, lr=lr, grad_norm=norm, seconds=round(seconds, 2),
-                        memory_gb=run.memory_gb(), **parts)
-                bar.set_postfix(stage=stage, **{k: f"{v:.3f}" for k, v in parts.items()},
-                                examples_s=f"{cfg.batch_size * (step - state['step']) / seconds:.0f}")
-            if step == total or (cfg.eval_every and step % cfg.eval_every == 0) or step == first + steps:
-                validate(run, model, tokenizer, valid, step, stage)
-            if step == total or step % cfg.save_every == 0:
-                save_checkpoint(run, model, tokenizer, optimizer, names, {"step": step, "stage": stage})
-        first += steps
-    bar.close()
-    return model, tokenizer
+        bar.close()
+        return model, tokenizer
 
 
 def supervised_step(run, ddp, optimizer, examples, stage, step, lr):
@@ -508,10 +579,10 @@ def supervised_step(run, ddp, optimizer, examples, stage, step, lr):
 
 
 def validate(run, model, tokenizer, valid, step, stage):
-    """Greedy figures on validation questions; each process does its share. At stage 0 of a latent method the
-    model still writes text: nothing to measure yet."""
+    """Greedy figures on validation questions; each process does its share. None at stage 0 of a latent method: there
+    the model still writes text, and there is nothing to measure yet."""
     if model.config.latent and stage == 0:
-        return
+        return None
     mine = valid[run.rank::run.world]
     figures, _ = evaluate(model, tokenizer, mine)
     figures = run.mean({k: v * len(mine) for k, v in figures.items() if k != "n"})
@@ -520,48 +591,66 @@ def validate(run, model, tokenizer, valid, step, stage):
     run.log(step=step, stage=stage, valid=figures)
     shown = ", ".join(f"{k} {v:.3f}" for k, v in figures.items())
     run.say(f"{run.name} step {step} stage {stage}: validation {shown}")
+    return figures
+
+
+def end_step(run, model, tokenizer, optimizer, names, valid, state, total, evaluate_now=False):
+    """What is due after step state["step"] of either training: validation, a checkpoint, the end that a signal asks for
+    (SystemExit with 128 + its number, once the checkpoint is written)."""
+    cfg, step = run.cfg, state["step"]
+    better = False
+    if step == total or evaluate_now or (cfg.eval_every and step % cfg.eval_every == 0):
+        figures = validate(run, model, tokenizer, valid, step, state["stage"])
+        better = figures is not None and figures["accuracy"] > state["best"].get("accuracy", -1)
+        if better:
+            state["best"] = {"step": step, "accuracy": figures["accuracy"]}
+    stop = run.asked_to_stop()
+    if better or stop or step == total or step % cfg.save_every == 0:
+        save_checkpoint(run, model, tokenizer, optimizer, names,
+                        {k: v for k, v in state.items() if k in ("step", "stage", "best", "skipped")})
+    if stop:
+        run.say(f"{run.name}: stopped at step {step}; the same command with --resume goes on")
+        raise SystemExit(128 + (run.signal or signal.SIGINT))
 
 
 # --- reinforcement learning (paper, section 3.3) ---
 
-def train_rl(cfg, name):
+def train_rl(cfg, name, given):
     """GRPO on questions and answers, from the checkpoint cfg.init; the trained checkpoint is in out_dir/name."""
-    run, cfg, state, model, tokenizer, names, train, valid = begin(cfg, name)
-    Q, G = cfg.questions_per_step, cfg.group
-    if run.world > Q:
-        raise ValueError(f"--questions_per_step {Q} is smaller than the number of processes {run.world}")
-    total = cfg.rl_iters or max(1, len(train) // Q)  # 0: one epoch over the questions
-    total = min(total, cfg.max_iters) if cfg.max_iters else total
-    model.set_trainable("rl")
-    optimizer = make_optimizer(model, cfg)
-    if "optimizer" in state:
-        load_optimizer(optimizer, names, state["optimizer"])
-    log_probs = LogProbs(model, cfg.temperature)
-    ddp = run.wrap(log_probs, model)
-    run.say(f"{name}: {total} batches of {Q} questions x {G} rollouts, {Q * G // cfg.minibatch} optimizer steps each, "
-            f"from {cfg.init}")
-    began, skipped, step = time.time(), state.get("skipped", 0), state["step"]
-    if step == 0:
-        validate(run, model, tokenizer, valid, 0, "rl")
-    bar = run.bar(total, step)
-    while step < total:
-        chosen = batch_indices(cfg.seed + (RL_ORDER << 32), step, len(train), Q)
-        step += 1
-        lr = cfg.rl_lr * min(1.0, step / max(1, cfg.rl_warmup))
-        stats = rl_step(run, ddp, optimizer, [train[i] for i in chosen], tokenizer, step, lr)
-        skipped += stats["advantage"] == 0
-        bar.update()
-        bar.set_postfix({k: f"{stats[k]:.3f}" for k in ("reward", "accuracy", "coherence")},
-                        rollouts_s=f"{Q * G / (stats['rollout_s'] + stats['score_s'] + stats['update_s']):.0f}")
-        if step % cfg.log_every == 0 or step == total:
-            run.log(step=step, lr=lr, skipped=skipped, seconds=round(time.time() - began, 2),
-                    memory_gb=run.memory_gb(), **stats)
-        if step == total or (cfg.eval_every and step % cfg.eval_every == 0):
-            validate(run, model, tokenizer, valid, step, "rl")
-        if step == total or step % cfg.save_every == 0:
-            save_checkpoint(run, model, tokenizer, optimizer, names, {"step": step, "stage": "rl", "skipped": skipped})
-    bar.close()
-    return model, tokenizer
+    with begin(cfg, name, given) as (run, cfg, state, model, tokenizer, names, train, valid):
+        Q, G = cfg.questions_per_step, cfg.group
+        if run.world > Q:
+            raise ValueError(f"--questions_per_step {Q} is smaller than the number of processes {run.world}")
+        total = cfg.rl_iters or max(1, len(train) // Q)  # 0: one epoch over the questions
+        total = min(total, cfg.max_iters) if cfg.max_iters else total
+        model.set_trainable("rl")
+        optimizer = make_optimizer(model, cfg)
+        if "optimizer" in state:
+            load_optimizer(optimizer, names, state["optimizer"])
+        log_probs = LogProbs(model, cfg.temperature)
+        ddp = run.wrap(log_probs, model)
+        run.say(f"{name}: {total} batches of {Q} questions x {G} rollouts, {Q * G // cfg.minibatch} optimizer steps each, "
+                f"from {cfg.init}")
+        began, step = time.time(), state["step"]
+        if step == 0:
+            start = validate(run, model, tokenizer, valid, 0, "rl")
+            state |= {"skipped": 0, "best": {"accuracy": start["accuracy"]}}  # to be kept, a checkpoint must be better
+        bar = run.bar(total, step)
+        while step < total:
+            chosen = batch_indices(cfg.seed + (RL_ORDER << 32), step, len(train), Q)
+            step += 1
+            lr = cfg.rl_lr * min(1.0, step / max(1, cfg.rl_warmup))
+            stats = rl_step(run, ddp, optimizer, [train[i] for i in chosen], tokenizer, step, lr)
+            state |= {"step": step, "stage": "rl", "skipped": state["skipped"] + (stats["advantage"] == 0)}
+            bar.update()
+            bar.set_postfix({k: f"{stats[k]:.3f}" for k in ("reward", "accuracy", "coherence")},
+                            rollouts_s=f"{Q * G / (stats['rollout_s'] + stats['score_s'] + stats['update_s']):.0f}")
+            if step % cfg.log_every == 0 or step == total:
+                run.log(step=step, lr=lr, skipped=state["skipped"], seconds=round(time.time() - began, 2),
+                        memory_gb=run.memory_gb(), **stats)
+            end_step(run, model, tokenizer, optimizer, names, valid, state, total)
+        bar.close()
+        return model, tokenizer
 
 
 def rl_step(run, ddp, optimizer, examples, tokenizer, step, lr):
@@ -646,24 +735,24 @@ def main(argv=None):
     torch.set_float32_matmul_precision("high")
     try:
         if cfg.stage == "rl":
-            train_rl(cfg, "rl")
+            train_rl(cfg, "rl", given)
         elif cfg.stage == "cot":
-            train_supervised(dataclasses.replace(cfg, method="cot"), "cot")
+            train_supervised(dataclasses.replace(cfg, method="cot"), "cot", {**given, "method": "cot"})
         elif cfg.stage == "vae":
-            train_supervised(cfg, "vae")
+            train_supervised(cfg, "vae", given)
         else:
             rows = {}
             if cfg.method == "atp":
                 if cfg.baseline:
-                    other = dataclasses.replace(cfg, method="nocot", max_iters=cfg.baseline)
-                    rows["answer only (nocot)"] = train_supervised(other, "nocot")
-                rows["latents, imitation (vae)"] = train_supervised(cfg, "vae")
+                    own = {"method": "nocot", "max_iters": cfg.baseline}
+                    rows["answer only (nocot)"] = train_supervised(dataclasses.replace(cfg, **own), "nocot", given | own)
+                rows["latents, imitation (vae)"] = train_supervised(cfg, "vae", given)
                 if dist.is_initialized():
                     dist.barrier()  # the checkpoint is there for every process
                 cfg = resolve({**given, "init": str(Path(cfg.out_dir) / "vae")})
-                rows["latents, active planning (rl)"] = train_rl(cfg, "rl")
+                rows["latents, active planning (rl)"] = train_rl(cfg, "rl", given)
             else:
-                rows[cfg.method] = train_supervised(cfg, "vae")
+                rows[cfg.method] = train_supervised(cfg, "vae", given)
             if not dist.is_initialized() or dist.get_rank() == 0:
                 report(cfg, rows)
     finally:

@@ -11,7 +11,9 @@ import model  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def pack_small_batches(monkeypatch):
-    """Padding is left out, and attention cut into parts, in the small batches of tests too."""
-    monkeypatch.setattr(model, "WORTH", 1)
-    monkeypatch.setattr(model, "PART", 8)
+def pack_small_batches(request, monkeypatch):
+    """Padding is left out, and attention cut into parts, in the small batches of tests too; not where runs in this
+    process are compared with runs in others."""
+    if request.module.__name__ != "test_train":
+        monkeypatch.setattr(model, "WORTH", 1)
+        monkeypatch.setattr(model, "PART", 8)
