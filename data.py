@@ -629,7 +629,7 @@ TEST_SETS = tuple(name for name, sizes in BUILTIN.items() if "test" in sizes)
 
 NAMES = "Ada Ben Cleo Dan Eve Finn Gina Hugo".split()
 ITEMS = "coins cards books pens".split()
-LARGEST = 60  # every number of a question, a step and an answer is from 1 to LARGEST, one token each
+LARGEST = 40  # every number of a question, a step and an answer is from 1 to LARGEST, one token each
 
 COMMON = {  # by operation: on two given numbers, on another's count and a number, on the counts of two others
     "n+n": "{x} has {m} {item} and {n} more.", "n-n": "{x} has {m} {item} and loses {n}.",
@@ -638,7 +638,7 @@ COMMON = {  # by operation: on two given numbers, on another's count and a numbe
     "+": "{x} has as many as {y} and {z}.", "-": "{x} has as many as {y} without {z}.",
     "ask": "How many {item} does {x} have?",
 }
-RARE = {  # one question in ten in training, every question of "reworded"
+RARE = {  # one question in seven in training, every question of "reworded"
     "n+n": "{x} owns {m} {item} plus {n}.", "n-n": "{x} owns {m} {item} minus {n}.", "n*n": "{x} owns {m} boxes of {n} {item}.",
     "+n": "{x} owns {n} beyond {y}.", "-n": "{x} owns {n} under {y}.", "*n": "{x} owns {n} times what {y} owns.",
     "+": "{x} owns what {y} and {z} own.", "-": "{x} owns what {y} owns less {z}.",
@@ -667,9 +667,9 @@ class _Node:
 
 
 def _tree(rng, steps, wide):
-    """A random expression of `steps` operations, or None where a value leaves 1..30 (wide: 1..LARGEST)."""
-    large = (10, 40) if wide else (2, 12)
-    small = (10, 30) if wide else (1, 9)
+    """A random expression of `steps` operations, or None where a value leaves 1..20 (wide: 1..LARGEST)."""
+    large = (8, 25) if wide else (2, 12)
+    small = (5, 20) if wide else (1, 9)
     if steps > 2 and rng.random() < 0.4:  # two computed operands: their steps may come in either order
         left = rng.randint(1, steps - 2)
         children = [_tree(rng, left, wide), _tree(rng, steps - 1 - left, wide)]
@@ -687,7 +687,7 @@ def _tree(rng, steps, wide):
         children.reverse()
     a, b = [c.value for c in children] + list(numbers)
     value = {"+": a + b, "-": a - b, "*": a * b}[op.strip("n")]
-    return _Node(op, value, numbers, tuple(children)) if 1 <= value <= (LARGEST if wide else 30) else None
+    return _Node(op, value, numbers, tuple(children)) if 1 <= value <= (LARGEST if wide else 20) else None
 
 
 def _random_order(rng, nodes):
@@ -733,7 +733,7 @@ def builtin(name, split):
     mixed = (2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 6, 6)
     lengths, wide, rare, distracted = {  # step counts; probability of large numbers, rare wording, a distractor
         "hard": ((5, 6), 1.0, 0.0, 0.0), "reworded": (mixed, 0.0, 1.0, 1.0), "easy": ((2, 3), 0.0, 0.0, 0.0),
-    }.get(name, (mixed, 0.1, 0.1, 0.1))
+    }.get(name, (mixed, 0.2, 0.15, 0.15))
     rng = random.Random(f"{name} {split}")
     bucket = {"test": 0, "valid": 1, "train": 2}[split]
     examples = {}

@@ -10,6 +10,7 @@ Read in order: settings, set-up, checkpoints, supervised stage, reinforcement le
 """
 
 import argparse
+import ctypes
 import dataclasses
 import fcntl
 import json
@@ -722,6 +723,17 @@ def report(cfg, rows):
     print(markdown(["", *lines[0][1]], [[label, *f.values()] for label, f in lines]))
 
 
+def reuse_memory():
+    """Large blocks that are freed stay with the process. As glibc is set, the kernel gets them back and clears their
+    pages anew at every step: up to a sixth of the time of a step on a CPU."""
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # another C library
+        return
+    for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        mallopt(option, 2**31 - 1)
+
+
 def main(argv=None):
     given = parse(argv)
     cfg = resolve(given)
@@ -733,6 +745,7 @@ def main(argv=None):
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.set_float32_matmul_precision("high")
+    reuse_memory()
     try:
         if cfg.stage == "rl":
             train_rl(cfg, "rl", given)

@@ -39,8 +39,8 @@ from data import Encoded, Tokenizer, builtin_tokenizer, encode_all, load  # noqa
 from eval import evaluate, markdown  # noqa: E402
 from model import LLaMA, LLaMAConfig, write_json  # noqa: E402
 from rl import LogProbs  # noqa: E402
-from train import Config, Run, batch_indices, generator, make_optimizer, rl_step, supervised_step  # noqa: E402
-from vae import END, METHODS, START, LatentConfig, LatentReasoner, remaining_text  # noqa: E402
+from train import Config, Run, batch_indices, generator, make_optimizer, reuse_memory, rl_step, supervised_step, update  # noqa: E402
+from vae import END, METHODS, START, LatentConfig, LatentReasoner, Noise, remaining_text  # noqa: E402
 
 WORKLOADS = {  # shape, then K, c, batch, questions x group of an RL step, rows of a micro-batch
     "S": dict(shape=(576, 1536, 30, 9, 3), vocab=49152, K=4, c=2, batch=8, questions=4, group=8, micro=8),
@@ -197,13 +197,11 @@ def rl(name, args, seconds=20.0, **changes):
 
 
 def noise_of(b, rows, step):
-    from vae import Noise
     return Noise.draw(rows, b.model.config, b.model.policy.config.hidden_size, b.run.cfg.max_answer, generator(0, step))
 
 
 def forced_update(b, ddp, optimizer, batch, step):
     """The update that random advantages make."""
-    from train import update
     Q, G = b.spec["questions"], b.spec["group"]
     rollout = b.model.rollout([e.question for e in batch], G, noise_of(b, Q * G, step), b.run.cfg.max_answer)
     advantage = torch.randn(Q * G, generator=generator(1, step)).to(b.device)
@@ -352,6 +350,7 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.worker:
+        reuse_memory()
         print(json.dumps(worker(args.worker, args)))
         return
     results = {}

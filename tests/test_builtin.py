@@ -89,7 +89,7 @@ def test_sizes_and_character_of_the_sets(understood):
     lengths = lambda name: {len(e.steps) for e in builtin(name, "test")}
     assert lengths("in_dist") == lengths("reworded") == {2, 3, 4, 5, 6} and lengths("hard") == {5, 6} and lengths("easy") == {2, 3}
     distracted = lambda name: sum(len(facts) > len(e.steps) for e, facts, *_ in understood[name, "test"]) / 1000
-    assert distracted("reworded") == 1 and distracted("hard") == distracted("easy") == 0 and 0.05 < distracted("in_dist") < 0.15
+    assert distracted("reworded") == 1 and distracted("hard") == distracted("easy") == 0 and 0.1 < distracted("in_dist") < 0.2
     assert all(" owns " in e.question for e in builtin("reworded", "test"))
 
 
