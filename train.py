@@ -70,15 +70,15 @@ class Config:
     # supervised stage
     batch_size: int = 32  # examples an optimizer step, over all processes
     micro_batch: int = 32  # most examples a process takes through the model at once
-    cot_epochs: float = 1.6  # stage 0: text chain of thought (warm start)
+    cot_epochs: float = 2.0  # stage 0: text chain of thought (warm start)
     epochs_per_stage: float = 0.04  # each further stage makes one more step latent
-    final_epochs: float = 1.84  # further epochs with all steps latent
+    final_epochs: float = 2.4  # further epochs with all steps latent
     max_iters: int = 0  # scale the whole curriculum (rl: cut) to so many optimizer steps (0: as the epochs say)
     cot_lr: float = 2e-3  # peak learning rate of stage 0
     lr: float = 1.5e-3  # peak learning rate of the latent stages
     min_lr: float = 0.02  # the cosine ends at this share of the peak
     warmup: int = 50  # steps of linear warm-up of each new optimizer
-    weight_decay: float = 0.01  # AdamW, not on norms and biases
+    weight_decay: float = 0.4  # AdamW, not on norms and biases
     beta2: float = 0.98  # AdamW
     clip: float = 1.0  # gradient norm
     beta_kl: float = 1e-3  # weight of the KL term
@@ -114,7 +114,7 @@ class Config:
 # The other set of defaults: the paper's recipe, where --init is a pretrained LLaMA (paper, sections 4 and 5)
 PRETRAINED = dict(
     data="gsm8k_aug", context=512, thoughts_per_step=2, max_steps=10, batch_size=256, micro_batch=32, cot_epochs=0.0,
-    epochs_per_stage=2.0, final_epochs=5.0, cot_lr=1e-4, lr=1e-4, min_lr=0.1, warmup=100, beta2=0.999, rl_lr=1e-6,
+    epochs_per_stage=2.0, final_epochs=5.0, cot_lr=1e-4, lr=1e-4, min_lr=0.1, warmup=100, beta2=0.999, weight_decay=0.01, rl_lr=1e-6,
     baseline=0, rl_iters=0, questions_per_step=16, minibatch=16, eval_every=1000, save_every=1000)
 
 CHOICES = {"stage": ("all", "cot", "vae", "rl"), "method": tuple(METHODS), "device": ("auto", "cpu", "cuda"),
