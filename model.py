@@ -302,7 +302,8 @@ def append(tail, new, N):
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.head_dim, self.heads, self.kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.sizes = [n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)]
         self.qkv_proj = nn.Linear(config.hidden_size, sum(self.sizes), bias=False)  # queries, keys, values
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
@@ -316,8 +317,9 @@ class Attention(nn.Module):
         if past is None:
             kv, y = (qk[:, H:], v), []
             for place, part in rows.parts:
-                parts = [t.transpose(1, 2) for t in (*part.unpack(qk[place]).split((H, KV), dim=2), part.unpack(v[place]))]
-                out = F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=H > KV)
+                qkv = (*part.unpack(qk[place]).split((H, KV), dim=2), part.unpack(v[place]))
+                qkv = (t.transpose(1, 2) for t in qkv)
+                out = F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=H > KV)
                 y.append(part.pack(out.transpose(1, 2)))
             y = torch.cat(y) if len(y) > 1 else y[0]
         else:

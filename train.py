@@ -114,8 +114,9 @@ class Config:
 # The other set of defaults: the paper's recipe, where --init is a pretrained LLaMA (paper, sections 4 and 5)
 PRETRAINED = dict(
     data="gsm8k_aug", context=512, thoughts_per_step=2, max_steps=10, batch_size=256, micro_batch=32, cot_epochs=0.0,
-    epochs_per_stage=2.0, final_epochs=5.0, cot_lr=1e-4, lr=1e-4, min_lr=0.1, warmup=100, beta2=0.999, weight_decay=0.01, rl_lr=1e-6,
-    baseline=0, rl_iters=0, questions_per_step=16, minibatch=16, eval_every=1000, save_every=1000)
+    epochs_per_stage=2.0, final_epochs=5.0, cot_lr=1e-4, lr=1e-4, min_lr=0.1, warmup=100, beta2=0.999,
+    weight_decay=0.01, rl_lr=1e-6, baseline=0, rl_iters=0, questions_per_step=16, minibatch=16, eval_every=1000,
+    save_every=1000)
 
 CHOICES = {"stage": ("all", "cot", "vae", "rl"), "method": tuple(METHODS), "device": ("auto", "cpu", "cuda"),
            "dtype": ("auto", "float32", "bfloat16"),
@@ -250,7 +251,7 @@ class Run:
                 shutil.rmtree(leftover)
             yield
         except BlockingIOError:
-            raise ValueError(f"{self.dir}: another run is writing there: wait for it, or give another --out_dir") from None
+            raise ValueError(f"{self.dir}: another run is writing there (give another --out_dir)") from None
         finally:
             os.close(lock)
 
@@ -367,8 +368,8 @@ def read_data(cfg, tokenizer, model, run, split):
 # --- checkpoints ---
 
 def save_checkpoint(run, model, tokenizer, optimizer, names, state):
-    """A complete folder step-N, written under another name, flushed, then renamed. The newest cfg.keep are kept, and the
-    best by validation. OSError where it cannot be written; what was there before stands."""
+    """A complete folder step-N, written under another name, flushed, then renamed. The newest cfg.keep are kept, and
+    the best by validation. OSError where it cannot be written; what was there before stands."""
     if not run.main:
         return
     final = run.dir / f"step-{state['step']:07d}"
@@ -422,7 +423,7 @@ def resumed(cfg, given, folder):
     known = {f.name for f in dataclasses.fields(cfg)} - set(FREE)
     for k in known & set(given) & set(saved):
         if saved[k] != given[k] and not (k == "method" and cfg.stage == "cot"):
-            raise ValueError(f"--{k} {given[k]}: the run in {folder} was begun with --{k} {saved[k]}, which --resume keeps")
+            raise ValueError(f"--{k} {given[k]}: --resume goes on with a run that has --{k} {saved[k]} ({folder})")
     cfg = dataclasses.replace(cfg, **{k: v for k, v in saved.items() if k in known}, init=str(ckpt))
     check(cfg)
     return cfg, ckpt
@@ -472,7 +473,7 @@ def begin(cfg, name, given):
             state |= {"init": state["config"]["init"], "optimizer": ckpt / "optimizer.safetensors"}
             run.cfg = dataclasses.replace(cfg, init=state.pop("config")["init"])
             run.say(f"{name}: resumed at step {state['step']} of {ckpt}")
-        if run.main and ckpt and metrics.exists():  # drop what was logged after the checkpoint, and a line cut by a kill
+        if run.main and ckpt and metrics.exists():  # drop what was logged after the checkpoint, or cut by a kill
             rows = [r for r in metrics.read_text().splitlines() if r.endswith("}")]
             kept = "".join(r + "\n" for r in rows if json.loads(r)["step"] <= state["step"])
             metrics.with_suffix(".tmp").write_text(kept)
@@ -510,8 +511,8 @@ def train_supervised(cfg, name, given):
         total = sum(k for _, k in stages)
         text_steps = sum(k for s, k in stages if s == 0)
         size = sum(p.numel() for p in model.policy.parameters()) / 1e6
-        run.say(f"{name}: {cfg.method}, {size:.2f} M parameters, {len(train)} examples, {total} steps of {cfg.batch_size} "
-                "(" + ", ".join(f"stage {s}: {k}" for s, k in stages) + ")")
+        run.say(f"{name}: {cfg.method}, {size:.2f} M parameters, {len(train)} examples, {total} steps of "
+                f"{cfg.batch_size} (" + ", ".join(f"stage {s}: {k}" for s, k in stages) + ")")
         accum = -(-cfg.batch_size // (cfg.micro_batch * run.world))
         if accum * run.world > cfg.batch_size:
             raise ValueError(f"--batch_size {cfg.batch_size} leaves a process without rows ({run.world} processes, "
@@ -630,8 +631,8 @@ def train_rl(cfg, name, given):
             load_optimizer(optimizer, names, state["optimizer"])
         log_probs = LogProbs(model, cfg.temperature)
         ddp = run.wrap(log_probs, model)
-        run.say(f"{name}: {total} batches of {Q} questions x {G} rollouts, {Q * G // cfg.minibatch} optimizer steps each, "
-                f"from {cfg.init}")
+        run.say(f"{name}: {total} batches of {Q} questions x {G} rollouts, {Q * G // cfg.minibatch} optimizer steps "
+                f"each, from {cfg.init}")
         began, step = time.time(), state["step"]
         if step == 0:
             start = validate(run, model, tokenizer, valid, 0, "rl")
@@ -758,7 +759,8 @@ def main(argv=None):
             if cfg.method == "atp":
                 if cfg.baseline:
                     own = {"method": "nocot", "max_iters": cfg.baseline}
-                    rows["answer only (nocot)"] = train_supervised(dataclasses.replace(cfg, **own), "nocot", given | own)
+                    other = dataclasses.replace(cfg, **own)
+                    rows["answer only (nocot)"] = train_supervised(other, "nocot", given | own)
                 rows["latents, imitation (vae)"] = train_supervised(cfg, "vae", given)
                 if dist.is_initialized():
                     dist.barrier()  # the checkpoint is there for every process

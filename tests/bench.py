@@ -39,7 +39,8 @@ from data import Encoded, Tokenizer, builtin_tokenizer, encode_all, load  # noqa
 from eval import evaluate, markdown  # noqa: E402
 from model import LLaMA, LLaMAConfig, write_json  # noqa: E402
 from rl import LogProbs  # noqa: E402
-from train import Config, Run, batch_indices, generator, make_optimizer, reuse_memory, rl_step, supervised_step, update  # noqa: E402
+from train import (Config, Run, batch_indices, generator, make_optimizer, reuse_memory, rl_step,  # noqa: E402
+                   supervised_step, update)
 from vae import END, METHODS, START, LatentConfig, LatentReasoner, Noise, remaining_text  # noqa: E402
 
 WORKLOADS = {  # shape, then K, c, batch, questions x group of an RL step, rows of a micro-batch
@@ -295,7 +296,8 @@ def worker(job, args):
 
 def measure(job, args):
     print(job.split(":/")[0], "...", file=sys.stderr, flush=True)
-    flags = [f"--{k}={v}" for k, v in vars(args).items() if k in ("smollm2", "data_dir", "device", "compile", "threads")]
+    own = ("smollm2", "data_dir", "device", "compile", "threads")
+    flags = [f"--{k}={v}" for k, v in vars(args).items() if k in own]
     out = subprocess.run([sys.executable, __file__, "--worker", job, *flags], stdout=subprocess.PIPE, text=True)
     if out.returncode:
         sys.exit(f"bench: {job} failed")

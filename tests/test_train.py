@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from data import builtin, load
-from eval import find_checkpoint
+from eval import find_checkpoint, run_main
 from eval import main as evaluate
 from safetensors.torch import load_file
 from train import Config, batch_indices, check, curriculum, parse, resolve
@@ -220,7 +220,6 @@ def run(script, *args):
     (["--batch_size", "0"], "--batch_size"),
 ])
 def test_user_errors_of_train(args, words, capsys, tmp_path, monkeypatch):
-    from eval import run_main
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as e:
         run_main(lambda: train(args))
@@ -264,3 +263,79 @@ def test_gradient_that_is_not_finite_stops_before_the_step(tmp_path, data):
         with pytest.raises(FloatingPointError, match=r"step 3: answer.*not finite.*questions.txt:"):
             train(args)
     assert find_checkpoint(tmp_path / "vae").name == "step-0000002"
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path, vae, data, monkeypatch):
+    import train as module
+    real, said = module.supervised_step, []
+
+    def step(*args):  # while this run goes on, another begins
+        if not said:
+            said.append(run("train.py", *command(tmp_path, data, "--max_iters", "2")))
+        return real(*args)
+
+    monkeypatch.setattr(module, "supervised_step", step)
+    train(command(tmp_path, data, "--max_iters", "8"))
+    assert said[0].returncode == 2 and said[0].stderr.startswith("error: ") and "another run" in said[0].stderr
+    assert_same(weights(tmp_path, "vae"), weights(vae, "vae"), exact=True)
+    train(command(tmp_path, data, "--max_iters", "2"))  # the folder is free again
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, vae, data, number, monkeypatch):
+    """The step is finished, the checkpoint written, the exit status 128 + signal; --resume needs no setting again."""
+    import train as module
+    real, before = module.supervised_step, signal.getsignal(number)
+
+    def step(run, ddp, optimizer, examples, stage, step, lr):
+        if step == 5:
+            os.kill(os.getpid(), number)
+        return real(run, ddp, optimizer, examples, stage, step, lr)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "supervised_step", step)
+        with pytest.raises(SystemExit) as e:
+            train(command(tmp_path, data, "--max_iters", "8"))
+    assert e.value.code == 128 + number and signal.getsignal(number) is before
+    assert find_checkpoint(tmp_path / "vae").name == "step-0000005"
+    train(["--stage", "vae", "--resume", "--out_dir", str(tmp_path)])
+    assert_same(weights(tmp_path, "vae"), weights(vae, "vae"), exact=True)
+
+
+def test_resume_refuses_to_become_another_run(vae, data):
+    with pytest.raises(ValueError, match="--lr 0.5: --resume goes on with a run that has --lr"):
+        train(command(vae, data, "--max_iters", "8", "--resume", "--lr", "0.5"))
+
+
+def test_the_best_checkpoint_is_kept(tmp_path, data, monkeypatch):
+    """The newest `keep`, and the best by validation, which the newest names."""
+    import train as module
+    accuracies = iter((0.1, 0.7, 0.2, 0.7, 0.3, 0.4, 0.5, 0.6))
+    monkeypatch.setattr(module, "evaluate", lambda *_: ({"accuracy": next(accuracies)}, []))
+    train(command(tmp_path, data, "--max_iters", "8", "--eval_every", "1", "--save_every", "1", "--keep", "1",
+                  "--method", "nocot"))
+    assert sorted(p.name for p in (tmp_path / "vae").glob("step-*")) == ["step-0000002", "step-0000008"]
+    state = json.loads((tmp_path / "vae" / "step-0000008" / "train.json").read_text())
+    assert state["best"] == {"step": 2, "accuracy": 0.7}
+
+
+@pytest.mark.parametrize("broken", ("save_tensors", "replace"))
+def test_a_full_disk_is_one_line_and_earlier_checkpoints_stand(tmp_path, data, broken, monkeypatch, capsys):
+    import train as module
+    owner = module if broken == "save_tensors" else os
+    real, calls = getattr(owner, broken), []
+
+    def full(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return real(*args)
+
+    monkeypatch.setattr(owner, broken, full)
+    with pytest.raises(SystemExit) as e:
+        run_main(lambda: train(command(tmp_path, data, "--max_iters", "4", "--save_every", "1")))
+    said = capsys.readouterr().err
+    assert e.value.code == 1 and said.count("\n") == 1 and "step-0000002" in said and "No space left" in said
+    assert [p.name for p in (tmp_path / "vae").iterdir()].count("step-0000001") == 1
+    assert not list((tmp_path / "vae").glob(".tmp-*"))
+    assert find_checkpoint(tmp_path / "vae").name == "step-0000001"
