@@ -36,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from data import BUILTIN, TEST_SETS, Parser, Tokenizer, builtin_tokenizer, encode_all, load
-from eval import evaluate, find_checkpoint, markdown, mean_figures, run_main
+from eval import evaluate, find_checkpoint, markdown, mean_figures, run_main, settings
 from model import LLaMA, LLaMAConfig, read_json, save_tensors, write_json
 from rl import LogProbs, advantages, objective, score
 from vae import END, METHODS, START, LatentConfig, LatentReasoner, Noise, collate, target_tokens
@@ -162,7 +162,7 @@ def resolve(given):
             raise FileNotFoundError(f"--init {init}: no such directory{mend}")
         if not (Path(init) / "config.json").is_file() or (Path(init) / "train.json").is_file():
             init = str(find_checkpoint(init))
-            saved = read_json(Path(init) / "train.json")["config"]
+            saved = settings(init)
             known = {f.name for f in dataclasses.fields(Config)} - set(OWN)
             values = {k: v for k, v in saved.items() if k in known}
         else:
@@ -419,7 +419,7 @@ def resumed(cfg, given, folder):
     if not cfg.resume or not list(folder.glob("step-*/train.json")):
         return cfg, None
     ckpt = find_checkpoint(folder)
-    saved = read_json(ckpt / "train.json")["config"]
+    saved = settings(ckpt)
     known = {f.name for f in dataclasses.fields(cfg)} - set(FREE)
     for k in known & set(given) & set(saved):
         if saved[k] != given[k] and not (k == "method" and cfg.stage == "cot"):

@@ -47,6 +47,15 @@ class LatentConfig:
     end_id: int    # <|end-latent|>
     eos_id: int
 
+    def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if type(value) is not {"bool": bool, "int": int, "str": str}[getattr(f.type, "__name__", f.type)]:
+                raise ValueError(f"{f.name} is {value!r}")
+        if self.method not in METHODS or self.thoughts_per_step < 1 or self.max_steps < 1:
+            raise ValueError(f"method {self.method!r}, thoughts_per_step {self.thoughts_per_step}, "
+                             f"max_steps {self.max_steps}")
+
     def latent_steps(self, example, stage):
         """How many steps of `example` are latent at curriculum stage `stage` (paper, section 3)."""
         if not self.latent:
@@ -498,8 +507,14 @@ class LatentReasoner(nn.Module):
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
         """A directory written by save_pretrained. ValueError, FileNotFoundError: see LLaMA.from_pretrained."""
         path = Path(path)
-        config = LatentConfig(**read_json(path / "latent.json"))
+        raw = read_json(path / "latent.json")
+        try:
+            config = LatentConfig(**raw)
+        except (TypeError, ValueError) as e:  # a key that is missing, unknown or out of range
+            raise ValueError(f"{path / 'latent.json'}: not the configuration of a latent reasoner ({e})") from None
         policy = LLaMA.from_pretrained(path, dtype, device)
+        if not all(0 <= i < policy.config.vocab_size for i in (config.start_id, config.end_id, config.eos_id)):
+            raise ValueError(f"{path / 'latent.json'}: a token id is outside the vocabulary")
         decoder = LLaMA.from_pretrained(path / "decoder", dtype, device) if config.decode else None
         model = cls(policy, config, decoder).to(device)
         file = path / "heads.safetensors"

@@ -155,7 +155,7 @@ def test_checkpoint_opens_in_transformers(vae):
     theirs = LlamaForCausalLM.from_pretrained(ckpt, dtype=torch.float32)
     from vae import LatentReasoner
     ours = LatentReasoner.from_pretrained(ckpt).policy
-    tokens = torch.randint(0, 400, (2, 9))
+    tokens = torch.randint(0, ours.config.vocab_size, (2, 9))
     torch.testing.assert_close(theirs(tokens).logits, ours(tokens), atol=1e-4, rtol=1e-4)
 
 
@@ -316,18 +316,17 @@ def test_the_best_checkpoint_is_kept(tmp_path, data, monkeypatch):
                   "--method", "nocot"))
     assert sorted(p.name for p in (tmp_path / "vae").glob("step-*")) == ["step-0000002", "step-0000008"]
     state = json.loads((tmp_path / "vae" / "step-0000008" / "train.json").read_text())
-    assert state["best"] == {"step": 2, "accuracy": 0.7}
+    assert state["best"] == {"step": 2, "accuracy": pytest.approx(0.7)}
 
 
 @pytest.mark.parametrize("broken", ("save_tensors", "replace"))
 def test_a_full_disk_is_one_line_and_earlier_checkpoints_stand(tmp_path, data, broken, monkeypatch, capsys):
     import train as module
     owner = module if broken == "save_tensors" else os
-    real, calls = getattr(owner, broken), []
+    real = getattr(owner, broken)
 
     def full(*args):
-        calls.append(1)
-        if len(calls) == 2:
+        if "0000002" in str(args[1]):
             raise OSError(28, "No space left on device")
         return real(*args)
 

@@ -1,5 +1,6 @@
 """The latent reasoner against naive oracles (tests/naive.py), torch.distributions and finite differences."""
 
+import json
 import math
 
 import naive
@@ -222,3 +223,16 @@ def test_checkpoint_round_trip(tmp_path):
     ours = model.state_dict()
     assert ours.keys() == again.state_dict().keys()
     assert all(v.equal(ours[k]) for k, v in again.state_dict().items())
+
+
+@pytest.mark.parametrize("change", (
+    {"max_steps": None}, {"max_steps": 0}, {"method": "magic"}, {"vae": 1}, {"start_id": 10**9}, {"end_id": -1},
+    {"unknown": 1}, "a list", "missing"), ids=str)
+def test_hostile_latent_json(tmp_path, change):
+    naive.tiny().save_pretrained(tmp_path)
+    file = tmp_path / "latent.json"
+    raw = json.loads(file.read_text())
+    raw.pop("stop") if change == "missing" else raw
+    file.write_text(json.dumps([raw] if change == "a list" else raw if change == "missing" else raw | change))
+    with pytest.raises(ValueError, match="latent.json: "):
+        LatentReasoner.from_pretrained(tmp_path)
