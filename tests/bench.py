@@ -331,7 +331,7 @@ def report(results):
             print(markdown([f"{w}: {label}", *g[key]], [["", *(f(v, 3) for v in g[key].values())]]), end="\n\n")
     if "1B" in results:
         rows = [[k, f(r["read_s"]), f(r["load_s"]), x(r["load_over_read"]), f(r["model_gb"]), x(r["peak_over_model"]),
-                 f(r.get("forward_128_tokens_s", float("nan")))] for k, r in results["1B"].items()]
+                 f(r["forward_128_tokens_s"]) if "forward_128_tokens_s" in r else ""] for k, r in results["1B"].items()]
         print(markdown(["1B", "read s", "load s", "ratio", "model GB", "peak memory / model", "forward, 128 tokens, s"],
                        rows))
 
