@@ -32,13 +32,13 @@ def find_checkpoint(path):
     return max(found, key=lambda p: ((p / "train.json").stat().st_mtime, p.name))
 
 
-def settings(ckpt):
-    """The configuration that a checkpoint was trained with, a dict. ValueError where it has none."""
+def read_state(ckpt):
+    """What train.json says of a checkpoint: the configuration it was trained with, its step. ValueError without."""
     file = Path(ckpt) / "train.json"
     state = read_json(file)
     if not isinstance(state, dict) or not isinstance(state.get("config"), dict) or type(state.get("step")) is not int:
         raise ValueError(f"{file}: keys 'config' and 'step' of a checkpoint are missing")
-    return state["config"]
+    return state
 
 
 def token_limit(model, longest):
@@ -184,7 +184,7 @@ def main(argv=None):
     print(f"{ckpt} ({model.config.method})\n")
     print(table(rows + ([("mean", mean_figures(rows))] if len(rows) > 1 else [])))
     if args.json:
-        out = {"checkpoint": str(ckpt), "config": settings(ckpt), "benchmarks": dict(rows)}
+        out = {"checkpoint": str(ckpt), "config": read_state(ckpt)["config"], "benchmarks": dict(rows)}
         write_json(args.json, {**out, "explained": explained} if args.explain else out)
 
 

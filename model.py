@@ -154,6 +154,11 @@ def rotate(x, cos, sin):
 
 # --- rows: all that works on single positions runs on the real ones only, without padding ---
 
+def first(counts, width):
+    """Bool mask (B, width) of the first counts (B,) places of each row."""
+    return torch.arange(width, device=counts.device) < counts[:, None]
+
+
 class Pack(torch.autograd.Function):
     """(B * T, ...) -> its rows `index`."""
 
@@ -191,7 +196,9 @@ class Rows:
     def __init__(self, B, T, valid=None, parts=1, worth=None):
         """parts: at most so many groups of rows for causal attention."""
         self.B, self.T, self.index, self.parts = B, T, None, [(slice(None), self)]
-        if valid is None or int(valid.sum()) + (worth or WORTH) > B * T:
+        count = B * T if valid is None else int(valid.sum())
+        self.full = count == B * T
+        if count + (worth or WORTH) > B * T:
             return
         lengths, order = valid.sum(dim=1).sort()
         places = order[:, None] * T + torch.arange(T, device=valid.device)
@@ -201,8 +208,7 @@ class Rows:
             self.parts, start = [], 0
             for part in lengths.tensor_split(parts):
                 size, T = int(part.sum()), max(1, int(part[-1]))
-                mask = torch.arange(T, device=valid.device) < part[:, None]
-                self.parts.append((slice(start, start + size), Rows(len(part), T, mask, worth=1)))
+                self.parts.append((slice(start, start + size), Rows(len(part), T, first(part, T), worth=1)))
                 start += size
 
     def pack(self, x):
@@ -226,12 +232,12 @@ class Hold(torch.autograd.Function):
     def forward(ctx, weight, dtype, uses):
         ctx.uses, ctx.dtype = uses, weight.dtype
         ctx.set_materialize_grads(False)
-        return weight.to(dtype, copy=True) if dtype != weight.dtype else weight.view_as(weight)
+        return weight.to(dtype) if dtype != weight.dtype else weight.view_as(weight)
 
     @staticmethod
     def backward(ctx, grad):
         if not ctx.uses:
-            return grad, None, None
+            return None, None, None
         x, g = (torch.cat(part) for part in zip(*ctx.uses))
         ctx.uses.clear()
         return (g.t() @ x).to(ctx.dtype), None, None
@@ -452,7 +458,7 @@ class LLaMA(nn.Module):
     def _start(self, cache, kv, rows, valid, x):
         cache.prefix = [tuple(rows.unpack(t).transpose(1, 2).contiguous() for t in layer) for layer in kv]
         cache.next_position = torch.full((rows.B,), rows.T, device=x.device)
-        if valid is not None and not bool(valid.all()):
+        if not rows.full:
             cache.next_position = valid.sum(dim=1)
             cache.prefix_bias = x.new_zeros(valid.shape).masked_fill_(~valid, -math.inf)[:, None, None, None, None]
         if torch.is_grad_enabled() and x.requires_grad:
@@ -463,8 +469,8 @@ class LLaMA(nn.Module):
     def _extend(cache, rows, valid, x):
         """Positions (B, T) of T new columns, per-layer past, and the bias: built once a pass, not in every layer."""
         B, T, G = rows.B, rows.T, cache.group
-        Q, full = B // G, valid is None
-        if full:
+        Q = B // G
+        if valid is None:
             valid = torch.ones(B, T, dtype=torch.bool, device=x.device)
         positions = (cache.next_position[:, None] + valid.cumsum(dim=1) - 1).clamp_(min=0)
         cache.next_position = cache.next_position + valid.sum(dim=1)

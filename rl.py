@@ -14,8 +14,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import extract_answer, is_correct, numbers_equal, parse_number, parse_step, well_formed
-from model import KVCache
-from vae import first, gaussian_logp, last, precise, stop_places, stop_terms
+from model import KVCache, first
+from vae import gaussian_logp, last, precise, stop_places, stop_terms
 
 
 # --- rewards ---

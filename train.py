@@ -36,8 +36,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from data import BUILTIN, TEST_SETS, Parser, Tokenizer, builtin_tokenizer, encode_all, load
-from eval import evaluate, find_checkpoint, markdown, mean_figures, run_main, settings
-from model import LLaMA, LLaMAConfig, read_json, save_tensors, write_json
+from eval import evaluate, find_checkpoint, markdown, mean_figures, read_state, run_main
+from model import LLaMA, LLaMAConfig, save_tensors, write_json
 from rl import LogProbs, advantages, objective, score
 from vae import END, METHODS, START, LatentConfig, LatentReasoner, Noise, collate, target_tokens
 
@@ -162,7 +162,7 @@ def resolve(given):
             raise FileNotFoundError(f"--init {init}: no such directory{mend}")
         if not (Path(init) / "config.json").is_file() or (Path(init) / "train.json").is_file():
             init = str(find_checkpoint(init))
-            saved = settings(init)
+            saved = read_state(init)["config"]
             known = {f.name for f in dataclasses.fields(Config)} - set(OWN)
             values = {k: v for k, v in saved.items() if k in known}
         else:
@@ -206,6 +206,7 @@ class Run:
         self.compile = cfg.compile == "yes" or (cfg.compile == "auto" and gpu)
         self.dir = Path(cfg.out_dir) / name
         self.main = self.rank == 0
+        self.resumed = None  # checkpoint that the run goes on from
         self.signal = 0  # number of a signal that asks the run to stop
 
     def log(self, **values):
@@ -246,12 +247,13 @@ class Run:
         self.dir.mkdir(parents=True, exist_ok=True)
         lock = os.open(self.dir, os.O_RDONLY)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
+            except BlockingIOError:
+                raise ValueError(f"{self.dir}: another run is writing there (give another --out_dir)") from None
             for leftover in self.dir.glob(".tmp-*"):
                 shutil.rmtree(leftover)
             yield
-        except BlockingIOError:
-            raise ValueError(f"{self.dir}: another run is writing there (give another --out_dir)") from None
         finally:
             os.close(lock)
 
@@ -401,9 +403,9 @@ def flush(folder):
         os.close(handle)
 
 
-def load_optimizer(optimizer, names, file):
+def load_optimizer(optimizer, names, ckpt):
     by_name = {name: p for p, name in names.items()}
-    for key, v in load_file(file).items():
+    for key, v in load_file(ckpt / "optimizer.safetensors").items():
         kind, name = key.split(".", 1)
         p = by_name[name]
         optimizer.state[p][kind] = v.reshape(()) if kind == "step" else v.to(p.device)
@@ -414,19 +416,21 @@ FREE = ("resume", "init", "micro_batch", "device", "compile", "threads", "log_ev
 
 
 def resumed(cfg, given, folder):
-    """(cfg, checkpoint) of a run to go on with: its own settings, but for those of FREE. cfg as it is and None where
-    there is nothing to go on with. ValueError for a flag given anew that would make it another run."""
+    """(cfg, checkpoint, its state) of a run to go on with: its own settings, but for those of FREE. cfg as it is, None
+    and the state of a beginning where there is nothing to go on with. ValueError for a flag that would make it another
+    run."""
     if not cfg.resume or not list(folder.glob("step-*/train.json")):
-        return cfg, None
+        return cfg, None, {"step": 0, "best": {}}
     ckpt = find_checkpoint(folder)
-    saved = settings(ckpt)
+    state = read_state(ckpt)
+    saved = state.pop("config")
     known = {f.name for f in dataclasses.fields(cfg)} - set(FREE)
     for k in known & set(given) & set(saved):
-        if saved[k] != given[k] and not (k == "method" and cfg.stage == "cot"):
+        if saved[k] != given[k]:
             raise ValueError(f"--{k} {given[k]}: --resume goes on with a run that has --{k} {saved[k]} ({folder})")
-    cfg = dataclasses.replace(cfg, **{k: v for k, v in saved.items() if k in known}, init=str(ckpt))
+    cfg = dataclasses.replace(cfg, **{k: v for k, v in saved.items() if k in known}, init=saved["init"])
     check(cfg)
-    return cfg, ckpt
+    return cfg, ckpt, state
 
 
 def lr_at(step, peak, first, steps, optimizer_step, cfg):
@@ -456,22 +460,19 @@ def begin(cfg, name, given):
     place of an earlier one in its folder, but only here, when nothing can be wrong with the settings any more. The
     folder is the run's, and signals are deferred, until the `with` block ends."""
     folder = Path(cfg.out_dir) / name
-    cfg, ckpt = resumed(cfg, given, folder)
+    cfg, ckpt, state = resumed(cfg, given, folder)
     run = Run(cfg, name)
+    run.resumed = ckpt
     if not ckpt and cfg.init and Path(cfg.init).resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"--init {cfg.init} is in {folder}, which this run replaces: give another --out_dir")
-    model, tokenizer = build(cfg)
+    model, tokenizer = build(dataclasses.replace(cfg, init=str(ckpt)) if ckpt else cfg)
     model.policy.activation_checkpointing = cfg.activation_checkpointing
     names = {p: n for n, p in model.named_parameters()}
     train = read_data(cfg, tokenizer, model, run, "train")
     valid = read_data(cfg, tokenizer, model, run, "valid")[:cfg.eval_size]
     with run.claim(), run.deferred_signals():
-        state = {"step": 0, "best": {}}
         metrics = folder / "metrics.jsonl"
         if ckpt:
-            state = read_json(ckpt / "train.json")
-            state |= {"init": state["config"]["init"], "optimizer": ckpt / "optimizer.safetensors"}
-            run.cfg = dataclasses.replace(cfg, init=state.pop("config")["init"])
             run.say(f"{name}: resumed at step {state['step']} of {ckpt}")
         if run.main and ckpt and metrics.exists():  # drop what was logged after the checkpoint, or cut by a kill
             rows = [r for r in metrics.read_text().splitlines() if r.endswith("}")]
@@ -484,7 +485,7 @@ def begin(cfg, name, given):
             for old in folder.glob("step-*"):
                 shutil.rmtree(old)
             metrics.unlink(missing_ok=True)
-        yield run, run.cfg, state, model, tokenizer, names, train, valid
+        yield run, cfg, state, model, tokenizer, names, train, valid
 
 
 # --- supervised stage (paper, section 3.2) ---
@@ -513,8 +514,7 @@ def train_supervised(cfg, name, given):
         size = sum(p.numel() for p in model.policy.parameters()) / 1e6
         run.say(f"{name}: {cfg.method}, {size:.2f} M parameters, {len(train)} examples, {total} steps of "
                 f"{cfg.batch_size} (" + ", ".join(f"stage {s}: {k}" for s, k in stages) + ")")
-        accum = -(-cfg.batch_size // (cfg.micro_batch * run.world))
-        if accum * run.world > cfg.batch_size:
+        if accumulation(run, cfg.batch_size) * run.world > cfg.batch_size:
             raise ValueError(f"--batch_size {cfg.batch_size} leaves a process without rows ({run.world} processes, "
                              f"--micro_batch {cfg.micro_batch}): raise either")
         step, first, began, begun_at = state["step"], 0, time.time(), state["step"]
@@ -530,7 +530,7 @@ def train_supervised(cfg, name, given):
             cosine = (cfg.cot_lr, 0, text_steps) if stage == 0 else (cfg.lr, text_steps, total - text_steps)
             optimizer = make_optimizer(model, cfg)  # made anew at each stage
             if step > first:
-                load_optimizer(optimizer, names, state["optimizer"])
+                load_optimizer(optimizer, names, run.resumed)
             ddp = run.wrap(model, model)
             model.train()
             while step < first + steps:
@@ -553,6 +553,11 @@ def train_supervised(cfg, name, given):
         return model, tokenizer
 
 
+def accumulation(run, examples):
+    """Micro-batches of so many examples."""
+    return -(-examples // (run.cfg.micro_batch * run.world))
+
+
 def supervised_step(run, ddp, optimizer, examples, stage, step, lr):
     """One optimizer step on a global batch; each process takes its rows. Returns gradient norm and loss parts."""
     cfg, model = run.cfg, getattr(ddp, "module", ddp)
@@ -563,7 +568,7 @@ def supervised_step(run, ddp, optimizer, examples, stage, step, lr):
     tokens = target_tokens(examples, model.config, stage)
     # rows of like length go together: less padding, the same batch
     order = np.argsort([len(e.question) + sum(map(len, e.steps)) for e in examples], kind="stable")
-    micro_steps = np.array_split(order, -(-len(examples) // (cfg.micro_batch * run.world)))
+    micro_steps = np.array_split(order, accumulation(run, len(examples)))
     parts = {}
     for micro, rows in enumerate(micro_steps):
         rows = rows[run.rank::run.world]
@@ -608,8 +613,7 @@ def end_step(run, model, tokenizer, optimizer, names, valid, state, total, evalu
             state["best"] = {"step": step, "accuracy": figures["accuracy"]}
     stop = run.asked_to_stop()
     if better or stop or step == total or step % cfg.save_every == 0:
-        save_checkpoint(run, model, tokenizer, optimizer, names,
-                        {k: v for k, v in state.items() if k in ("step", "stage", "best", "skipped")})
+        save_checkpoint(run, model, tokenizer, optimizer, names, state)
     if stop:
         run.say(f"{run.name}: stopped at step {step}; the same command with --resume goes on")
         raise SystemExit(128 + (run.signal or signal.SIGINT))
@@ -627,8 +631,8 @@ def train_rl(cfg, name, given):
         total = min(total, cfg.max_iters) if cfg.max_iters else total
         model.set_trainable("rl")
         optimizer = make_optimizer(model, cfg)
-        if "optimizer" in state:
-            load_optimizer(optimizer, names, state["optimizer"])
+        if run.resumed:
+            load_optimizer(optimizer, names, run.resumed)
         log_probs = LogProbs(model, cfg.temperature)
         ddp = run.wrap(log_probs, model)
         run.say(f"{name}: {total} batches of {Q} questions x {G} rollouts, {Q * G // cfg.minibatch} optimizer steps "

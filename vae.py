@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from model import LLaMA, KVCache, read_json, save_tensors, tensor_headers, write_json
+from model import LLaMA, KVCache, first, read_json, save_tensors, tensor_headers, write_json
 
 METHODS = {  # paper, section 4: the baselines are parts switched off
     "atp":     dict(latent=True, head=True, vae=True, stop=True, decode=True),
@@ -94,11 +94,6 @@ def gaussian_logp(z, mu, logvar):
 def gaussian_kl(mu, logvar):
     """KL(N(mu, exp(logvar)) || N(0, 1)), mean over the last dimension."""
     return 0.5 * (mu**2 + logvar.exp() - logvar - 1).mean(dim=-1)
-
-
-def first(counts, width):
-    """Bool mask (B, width) of the first counts (B,) places of each row."""
-    return torch.arange(width, device=counts.device) < counts[:, None]
 
 
 def pad(rows, value=0):

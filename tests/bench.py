@@ -22,7 +22,6 @@ reads and the optimizer count nothing.
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -74,12 +73,6 @@ def timed(f, device):
     return time.time() - start
 
 
-def memory(device):
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
 class Bench:
     """Model, data and Run of a workload."""
 
@@ -104,7 +97,7 @@ class Bench:
         else:  # growth: the steps of each question over and over, to just so many
             self.examples = [Encoded(e.question, [e.steps[i % len(e.steps)] for i in range(steps)], e.answer, e.example)
                              for e in encoded if e.steps]
-        if spec["c"] and name == "S" and real:
+        if name == "S" and real:
             policy, self.weights = LLaMA.from_pretrained(args.smollm2), "SmolLM2-135M"
         else:
             torch.manual_seed(0)
@@ -115,6 +108,10 @@ class Bench:
         config = LatentConfig(**METHODS["atp"], method="atp", thoughts_per_step=spec["c"], max_steps=spec["K"],
                               start_id=start, end_id=end, eos_id=tokenizer.eos_id)
         self.tokenizer, self.model = tokenizer, LatentReasoner(policy, config).to(self.device)
+
+    def memory(self):
+        """Peak so far, GB."""
+        return self.run.memory_gb() * 2**30 / 1e9
 
     def batch(self, step, size):
         return [self.examples[i] for i in batch_indices(0, step, len(self.examples), size)]
@@ -159,7 +156,7 @@ def sft(name, args, steps=None, seconds=20.0, **changes):
         end = end or time.time() + seconds  # the first step also pays for allocations and, on a GPU, compilation
         if time.time() > end and len(clock) > 3:
             break
-    gb = memory(b.device)
+    gb = b.memory()
     peaks.append(matmul_peak(b.device))
     rate = sum(flops[1:]) / sum(clock[1:]) / 1e9
     return {"examples_s": size * len(clock[1:]) / sum(clock[1:]), "step_s": float(np.median(clock[1:])),
@@ -168,8 +165,8 @@ def sft(name, args, steps=None, seconds=20.0, **changes):
 
 
 def rl(name, args, seconds=20.0, **changes):
-    """RL steps, in parts. Coherence is decoded for right answers alone, and untrained models give none: so the time
-    of decoding all plans is taken apart, and its share is that of a step in which it is needed for every rollout."""
+    """RL steps, in parts. The reward's time holds the decoding of all plans, which is also timed alone: its share is
+    that of rollout, decoding and update."""
     b = Bench(name, args, **changes)
     model, Q, G = b.model, b.spec["questions"], b.spec["group"]
     model.set_trainable("rl")
@@ -179,11 +176,10 @@ def rl(name, args, seconds=20.0, **changes):
     times, end = [], None
     for step in range(1, 10_000):
         batch = b.batch(step, Q)
-        stats = {}
-        wall = timed(lambda: stats.update(rl_step(b.run, ddp, optimizer, batch, b.tokenizer, step, 1e-9)), b.device)
+        stats = rl_step(b.run, ddp, optimizer, batch, b.tokenizer, step, 1e-9)
         if "grad_norm" not in stats:  # equal rewards: no update; the bench is no judge of answers
             stats.update(forced_update(b, ddp, optimizer, batch, step))
-        times.append({"step_s": wall, **{k: v for k, v in stats.items() if k.endswith("_s")}})
+        times.append(stats)
         end = end or time.time() + seconds
         if time.time() > end and len(times) > 2:
             break
@@ -194,7 +190,7 @@ def rl(name, args, seconds=20.0, **changes):
     mean["step_s"] = mean["rollout_s"] + mean["score_s"] + mean["update_s"]
     mean["decode_share"] = decode / (mean["rollout_s"] + decode + mean["update_s"])
     mean["rollouts_s"] = Q * G / mean["step_s"]
-    return {**mean, "memory_gb": memory(b.device), "latents": float(rollout.steps.float().mean()) * b.spec["c"]}
+    return {**mean, "memory_gb": b.memory(), "latents": float(rollout.steps.float().mean()) * b.spec["c"]}
 
 
 def noise_of(b, rows, step):
@@ -211,7 +207,7 @@ def forced_update(b, ddp, optimizer, batch, step):
     return {"update_s": timed(work, b.device)}
 
 
-def evaluation(name, args, seconds=15.0):
+def evaluation(name, args):
     """Questions a second: greedy answers alone, and evaluate() with plans in words and coherence."""
     b = Bench(name, args)
     b.model.eval()
@@ -224,7 +220,7 @@ def evaluation(name, args, seconds=15.0):
     alone = timed(one, b.device) / 8
     whole = timed(lambda: evaluate(b.model, b.tokenizer, questions, 128), b.device)
     return {"generation_q_s": size / generation, "one_at_a_time_q_s": 1 / alone, "evaluate_q_s": size / whole,
-            "batching_gain": alone * size / generation, "memory_gb": memory(b.device),
+            "batching_gain": alone * size / generation, "memory_gb": b.memory(),
             "tokens": float(rows.lengths.float().mean())}
 
 
