@@ -629,18 +629,21 @@ TEST_SETS = tuple(name for name, sizes in BUILTIN.items() if "test" in sizes)
 
 NAMES = "Ada Ben Cleo Dan Eve Finn Gina Hugo".split()
 ITEMS = "coins cards books pens".split()
+THEN = 0.9  # share of changes to one count that are said of its owner ("Then Ada loses 3."), not of another's count
 LARGEST = 40  # every number of a question, a step and an answer is from 1 to LARGEST, one token each
 
-COMMON = {  # by operation: on two given numbers, on another's count and a number, on the counts of two others
+COMMON = {  # by operation: on two given numbers, on a count and a number (another's count, then one's own), on two counts
     "n+n": "{x} has {m} {item} and {n} more.", "n-n": "{x} has {m} {item} and loses {n}.",
     "n*n": "{x} has {m} bags of {n} {item}.",
     "+n": "{x} has {n} more than {y}.", "-n": "{x} has {n} fewer than {y}.", "*n": "{x} has {n} times as many as {y}.",
+    "then+n": "Then {x} gets {n} more.", "then-n": "Then {x} loses {n}.", "then*n": "Then {x} makes it {n} times as many.",
     "+": "{x} has as many as {y} and {z}.", "-": "{x} has as many as {y} without {z}.",
     "ask": "How many {item} does {x} have?",
 }
-RARE = {  # one question in seven in training, every question of "reworded"
+RARE = {  # one question in ten in training, every question of "reworded"
     "n+n": "{x} owns {m} {item} plus {n}.", "n-n": "{x} owns {m} {item} minus {n}.", "n*n": "{x} owns {m} boxes of {n} {item}.",
     "+n": "{x} owns {n} beyond {y}.", "-n": "{x} owns {n} under {y}.", "*n": "{x} owns {n} times what {y} owns.",
+    "then+n": "Later {x} finds {n}.", "then-n": "Later {x} drops {n}.", "then*n": "Later {x} owns {n} times that.",
     "+": "{x} owns what {y} and {z} own.", "-": "{x} owns what {y} owns less {z}.",
     "ask": "What number of {item} is with {x}?",
 }
@@ -670,7 +673,7 @@ def _tree(rng, steps, wide):
     """A random expression of `steps` operations, or None where a value leaves 1..20 (wide: 1..LARGEST)."""
     large = (8, 25) if wide else (2, 12)
     small = (5, 20) if wide else (1, 9)
-    if steps > 2 and rng.random() < 0.4:  # two computed operands: their steps may come in either order
+    if steps > 2 and rng.random() < 0.3:  # two computed operands: their steps may come in either order
         left = rng.randint(1, steps - 2)
         children = [_tree(rng, left, wide), _tree(rng, steps - 1 - left, wide)]
         numbers, op = (), rng.choice("++-")
@@ -703,9 +706,9 @@ def _random_order(rng, nodes):
 def _problem(rng, id, bucket, lengths, wide, rare, distractors):
     """One question of `bucket` (0 test, 1 validation, 2 training). `wide`, `rare`: probability of large
     numbers and of the rare wording; `distractors`: how many statements the answer does not need."""
-    root = None
+    root, length = None, rng.choice(lengths)
     while root is None or min(zlib.crc32(root.key().encode()) % 8, 2) != bucket:
-        root = _tree(rng, rng.choice(lengths), rng.random() < wide)
+        root = _tree(rng, length, rng.random() < wide)
     nodes, stack = [], [root]
     while stack:
         nodes.append(stack.pop())
@@ -715,9 +718,12 @@ def _problem(rng, id, bucket, lengths, wide, rare, distractors):
         n = rng.randint(2, 9)
         nodes.append(_Node("n+n", None, (rng.randint(2, 12), n)) if rng.random() < 0.5 else
                      _Node("+n", None, (n,), (rng.choice(nodes),)))
-    name, item = dict(zip(nodes, rng.sample(NAMES, len(nodes)))), rng.choice(ITEMS)
+    same = {n for n in nodes if n.value and len(n.op) == 2 and n.numbers and n.children and rng.random() < THEN}
+    names, name, item = iter(rng.sample(NAMES, len(NAMES))), {}, rng.choice(ITEMS)
+    for n in reversed(nodes):  # children first: a count that changes keeps its owner
+        name[n] = name[n.children[0]] if n in same else next(names)
     wording = RARE if rng.random() < rare else COMMON
-    said = [wording[n.op].format(x=name[n], item=item, **dict(zip("nm", reversed(n.numbers))),
+    said = [wording["then" * (n in same) + n.op].format(x=name[n], item=item, **dict(zip("nm", reversed(n.numbers))),
                                  **dict(zip("yz", map(name.get, n.children))))
             for n in _random_order(rng, nodes)]
     said.append(wording["ask"].format(x=name[root], item=item))
@@ -733,7 +739,7 @@ def builtin(name, split):
     mixed = (2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 6, 6)
     lengths, wide, rare, distracted = {  # step counts; probability of large numbers, rare wording, a distractor
         "hard": ((5, 6), 1.0, 0.0, 0.0), "reworded": (mixed, 0.0, 1.0, 1.0), "easy": ((2, 3), 0.0, 0.0, 0.0),
-    }.get(name, (mixed, 0.2, 0.15, 0.15))
+    }.get(name, (mixed, 0.1, 0.1, 0.1))
     rng = random.Random(f"{name} {split}")
     bucket = {"test": 0, "valid": 1, "train": 2}[split]
     examples = {}

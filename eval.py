@@ -1,15 +1,19 @@
-"""Evaluate a checkpoint: accuracy, tokens, latents, coherence; pass@k and maj@k; plans in words.
+"""Evaluate checkpoints: accuracy, tokens, latents, coherence; pass@k and maj@k; plans in words; runs compared.
 
     python eval.py                                    newest checkpoint under out/, the built-in test sets
     python eval.py --ckpt out/rl --data gsm8k svamp --samples 8 --explain 5 --json results.json
+    python eval.py --compare out_0 out_1 out_2        every run in these folders, over their seeds
 
 A checkpoint carries its whole configuration: nothing about model, method or stage is repeated here.
 """
 
 import argparse
+import json
 import math
+import statistics
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -47,8 +51,8 @@ def token_limit(model, longest):
 
 
 @torch.no_grad()
-def evaluate(model, tokenizer, encoded, batch_size=128, samples=0, seed=0, max_tokens=160, progress=None, explain=0):
-    """Figures of a list of data.Encoded questions: a dict of numbers, and `explain` explanations.
+def evaluate(model, tokenizer, encoded, batch_size=128, samples=0, seed=0, max_tokens=160, progress=None):
+    """Figures of a list of data.Encoded questions, a dict of numbers; and what became of each question, a list of dicts.
 
     accuracy, coherence: 0 to 1; tokens: latents used + answer tokens without <eos>, mean per question; pass@j: unbiased
     estimate from `samples` rollouts (Chen et al. 2021, arXiv 2107.03374); maj@k: the most frequent answer is right."""
@@ -56,7 +60,7 @@ def evaluate(model, tokenizer, encoded, batch_size=128, samples=0, seed=0, max_t
     config = model.config
     limit = token_limit(model, max_tokens)
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].question))
-    totals, explained = Counter(), {}
+    totals, answered = Counter(), {}
     ks = sorted({min(2**i, samples) for i in range(samples.bit_length() + 1)}) if samples else []
     rows, done = max(1, batch_size // max(1, samples)), 0
     for part in [order[i:i + batch_size] for i in range(0, len(order), batch_size)]:
@@ -71,9 +75,8 @@ def evaluate(model, tokenizer, encoded, batch_size=128, samples=0, seed=0, max_t
             totals["latents"] += used
             totals["tokens"] += used + n - end
             totals["coherence"] += coherence(plan, extract_answer(text))
-            if i < explain:
-                explained[i] = dict(id=e.example.id, question=e.example.question, reference=list(e.example.steps),
-                                    plan=plan, answer=text, right=e.example.answer, correct=correct)
+            answered[i] = dict(id=e.example.id, question=e.example.question, reference=list(e.example.steps),
+                               plan=plan, answer=text, right=e.example.answer, correct=correct)
         done += len(part)
         if progress:
             progress.update(len(part))
@@ -96,7 +99,7 @@ def evaluate(model, tokenizer, encoded, batch_size=128, samples=0, seed=0, max_t
     names = ["accuracy", "tokens", "latents", "coherence", *(f"pass@{k}" for k in ks)]
     names += [f"maj@{samples}"] if samples else []
     figures = {"n": len(encoded), **{name: totals[name] / max(1, len(encoded)) for name in names}}
-    return figures, [explained[i] for i in sorted(explained)]
+    return figures, [answered[i] for i in range(len(encoded))]
 
 
 def markdown(head, rows):
@@ -131,6 +134,192 @@ def explanation(e):
     return "\n".join(lines)
 
 
+def measure(ckpt, sets, args):
+    """({set: figures}, {set: what became of each question}) of a checkpoint on [(name, examples)]."""
+    model = LatentReasoner.from_pretrained(ckpt, device=args.device)
+    tokenizer = Tokenizer.from_pretrained(ckpt)
+    benchmarks, answered = {}, {}
+    for name, examples in sets:
+        examples = examples[:args.limit] if args.limit else examples
+        encoded, skipped = encode_all(examples, tokenizer, model.policy.config.max_position_embeddings)
+        if skipped:
+            print(f"{name}: {skipped} questions are longer than the context and were left out", file=sys.stderr)
+        with tqdm(total=len(encoded) * (2 if args.samples else 1), desc=name, disable=None, leave=False) as bar:
+            benchmarks[name], answered[name] = evaluate(model, tokenizer, encoded, args.batch_size, args.samples,
+                                                        args.seed, args.max_tokens, bar)
+    return benchmarks, answered
+
+
+# --- runs compared ---
+
+# settings that do not make two runs two experiments: the seed, names of files, and how a run is carried out
+ASIDE = {"seed", "stage", "init", "out_dir", "data_dir", "resume", "baseline", "micro_batch", "device", "compile",
+         "threads", "activation_checkpointing", "eval_every", "eval_size", "log_every", "save_every", "keep"}
+
+
+@dataclass
+class Result:
+    """One checkpoint, evaluated."""
+
+    ckpt: Path
+    state: dict  # train.json
+    benchmarks: dict  # set -> figures
+    answered: dict  # set -> what became of each question
+
+    @property
+    def config(self):
+        return self.state["config"]
+
+    @property
+    def seed(self):
+        return self.config["seed"]
+
+    @property
+    def mean(self):
+        return mean_figures(list(self.benchmarks.items()))
+
+    @property
+    def kind(self):
+        return self.config["method"] + (" + rl" if self.state.get("stage") == "rl" else "")
+
+    def summary(self):
+        return {"checkpoint": str(self.ckpt), "config": self.config, "benchmarks": self.benchmarks}
+
+
+@dataclass
+class Group:
+    """Runs of one configuration, one a seed."""
+
+    label: str
+    results: list
+
+    def values(self, figure, benchmark=None):
+        """{seed: a figure}, of the mean over the sets or of one."""
+        return {r.seed: (r.benchmarks[benchmark] if benchmark else r.mean)[figure] for r in self.results}
+
+
+def unique(items):
+    return list(dict.fromkeys(items))
+
+
+def checkpoints(path):
+    """The newest checkpoint of every run in `path`: a checkpoint, a run's folder, or a folder of runs."""
+    path = Path(path)
+    runs = sorted({p.parent.parent for p in path.glob("*/step-*/train.json")})
+    return [find_checkpoint(r) for r in runs] or [find_checkpoint(path)]
+
+
+def grouped(results):
+    """Groups of Results in the order of their first ones; the label is the method and what sets it apart from groups of
+    the same method. ValueError where a configuration has a seed twice."""
+    groups = {}
+    for r in results:
+        settings = {k: v for k, v in r.config.items() if k not in ASIDE}
+        same = groups.setdefault((r.kind, json.dumps(settings, sort_keys=True)), [])
+        twice = [o.ckpt for o in same if o.seed == r.seed]
+        if twice:
+            raise ValueError(f"{twice[0]} and {r.ckpt} are runs of one configuration and one seed: name one of them")
+        same.append(r)
+    out = []
+    for (kind, _), same in groups.items():
+        rivals = [g[0].config for (k, _), g in groups.items() if k == kind]
+        config = same[0].config
+        apart = [f"{k} {v}" for k, v in config.items() if k not in ASIDE and any(c.get(k) != v for c in rivals)]
+        out.append(Group(", ".join([kind, *apart]), same))
+    return out
+
+
+def spread(values, scale=100, digits=1):
+    """Mean and, of more than one, standard deviation, as text."""
+    values = [scale * v for v in values]
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+def difference(group, baseline):
+    """(mean difference of accuracy, mean over the sets; its standard error), or None where no seed is in both groups.
+
+    Runs are paired by seed. With two seeds or more the error is that of the mean over seeds; with one it is that of the
+    questions alone, paired."""
+    a, b = ({r.seed: r for r in g.results} for g in (group, baseline))
+    seeds = a.keys() & b.keys()
+    if not seeds:
+        return None
+    gains = [a[s].mean["accuracy"] - b[s].mean["accuracy"] for s in seeds]
+    if len(seeds) > 1:
+        return statistics.mean(gains), statistics.stdev(gains) / len(gains)**0.5
+    a, b = (g[next(iter(seeds))].answered for g in (a, b))
+    variance = 0.0
+    for name in a:
+        theirs = {e["id"]: e["correct"] for e in b[name]}
+        pairs = [e["correct"] - theirs[e["id"]] for e in a[name] if e["id"] in theirs]
+        variance += statistics.variance(pairs) / len(pairs) if len(pairs) > 1 else math.inf
+    return gains[0], variance**0.5 / len(a)
+
+
+def comparison(groups, baseline):
+    """Markdown, a row a group. Accuracy, coherence, pass@k and maj@k in per cent; mean ± standard deviation over seeds;
+    difference to the baseline ± its standard error."""
+    sets = list(groups[0].results[0].benchmarks)
+    more = [k for k in groups[0].results[0].mean if k not in ("n", "accuracy", "tokens", "latents")]
+    rows = []
+    for g in groups:
+        gain = difference(g, baseline) if g is not baseline else None
+        row = [g.label, str(len(g.results)), *(spread(g.values("accuracy", s).values()) for s in sets)]
+        row += [spread(g.values("accuracy").values())] * (len(sets) > 1)
+        row += [f"{100 * gain[0]:+.1f} ± {100 * gain[1]:.1f}" if gain else ""]
+        row += [spread(g.values(k).values(), 1, 2) for k in ("tokens", "latents")]
+        rows.append(row + [spread(g.values(k).values()) for k in more])
+    head = ["", "seeds", *sets, *["mean"] * (len(sets) > 1), f"to {baseline.label}", "tokens", "latents", *more]
+    return markdown(head, rows)
+
+
+def pyplot():
+    """matplotlib.pyplot without a display. ValueError where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("--plot needs matplotlib, which is not installed (pip install matplotlib)") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
+
+
+CURVES = ("reward", "accuracy", "coherence", "latents", "sigma", "ratio_max", "clip_frac", "grad_norm")  # of rl_step
+
+
+def plot(file, groups):
+    """Accuracy against tokens (mean over the sets and seeds, bars of a standard deviation), and what metrics.jsonl has
+    of the RL runs, a line a seed."""
+    plt = pyplot()
+    planned = [g for g in groups if g.results[0].state.get("stage") == "rl"]
+    panels = 1 + (len(CURVES) if planned else 0)
+    fig, axes = plt.subplots(-(-panels // 3), min(panels, 3), figsize=(4.2 * min(panels, 3), 3.2 * -(-panels // 3)),
+                             squeeze=False, layout="constrained")
+    axes = list(axes.flat)
+    colors = {g.label: f"C{i % 10}" for i, g in enumerate(groups)}
+    for g in groups:
+        x, y = (list(g.values(k).values()) for k in ("tokens", "accuracy"))
+        bar = lambda v: statistics.stdev(v) if len(v) > 1 else 0
+        axes[0].errorbar(statistics.mean(x), statistics.mean(y), bar(y), bar(x), "o", color=colors[g.label], label=g.label)
+    axes[0].set(xlabel="tokens an answer", ylabel="accuracy")
+    axes[0].legend(fontsize="small")
+    for axis, name in zip(axes[1:], CURVES if planned else ()):
+        for g in planned:
+            for r in g.results:
+                lines = [json.loads(line) for line in (r.ckpt.parent / "metrics.jsonl").read_text().splitlines()]
+                lines = [line for line in lines if name in line]
+                axis.plot([x["step"] for x in lines], [x[name] for x in lines], color=colors[g.label], alpha=0.7)
+        axis.set(xlabel="RL step", title=name)
+    for axis in axes[panels:]:
+        axis.remove()
+    try:
+        fig.savefig(file, dpi=120)
+    except ValueError as e:  # a name that ends in no known format
+        raise ValueError(f"--plot {file}: {e}") from None
+    plt.close(fig)
+
+
 def run_main(main):
     """Call main(): what users can mend becomes one line on stderr and exit status 2; a run that its numbers or the
     machine (a full disk) end, one line and 1; Ctrl-C 130."""
@@ -158,34 +347,46 @@ def main(argv=None):
     p.add_argument("--seed", type=int, default=0, help="of the samples (0)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     p.add_argument("--json", metavar="FILE", help="write everything there")
+    p.add_argument("--compare", nargs="+", metavar="DIR", help="a table of these runs, or of all runs in these folders: "
+                   "those that differ by no more than their seed are one row")
+    p.add_argument("--baseline", metavar="DIR", help="one run of the row that differences are taken to (the first)")
+    p.add_argument("--plot", metavar="FILE", help="with --compare: a picture of accuracy against tokens and of the RL "
+                   "curves (needs matplotlib)")
     args = p.parse_args(argv)
+    if not args.compare and (args.baseline or args.plot):
+        raise ValueError("--baseline and --plot go with --compare")
     for name in ("limit", "samples", "explain"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name} must not be negative")
     if args.batch_size < 1 or args.max_tokens < 1:
         raise ValueError("--batch_size and --max_tokens must be at least 1")
-    ckpt = find_checkpoint(args.ckpt)
+    if args.plot:
+        pyplot()  # before the work
+    paths = [c for path in args.compare for c in checkpoints(path)] if args.compare else [find_checkpoint(args.ckpt)]
     sets = [(name, load(name, args.split, args.data_dir)) for name in args.data]  # a wrong name before the work
-    model = LatentReasoner.from_pretrained(ckpt, device=args.device)
-    tokenizer = Tokenizer.from_pretrained(ckpt)
-    rows, explained = [], {}
-    for name, examples in sets:
-        examples = examples[:args.limit] if args.limit else examples
-        encoded, skipped = encode_all(examples, tokenizer, model.policy.config.max_position_embeddings)
-        if skipped:
-            print(f"{name}: {skipped} questions are longer than the context and were left out", file=sys.stderr)
-        with tqdm(total=len(encoded) * (2 if args.samples else 1), desc=name, disable=None, leave=False) as bar:
-            figures, texts = evaluate(model, tokenizer, encoded, args.batch_size, args.samples, args.seed,
-                                      args.max_tokens, bar, args.explain)
-        rows.append((name, figures))
-        explained[name] = texts
-        for e in texts:
-            print(explanation(e), end="\n\n")
-    print(f"{ckpt} ({model.config.method})\n")
+    if args.compare:
+        groups = grouped([Result(c, read_state(c), *measure(c, sets, args)) for c in unique(paths)])
+        baseline = groups[0]
+        if args.baseline:
+            wanted = set(checkpoints(args.baseline))
+            baseline = next((g for g in groups if wanted & {r.ckpt for r in g.results}), None)
+            if baseline is None:
+                raise ValueError(f"--baseline {args.baseline}: not one of the runs that --compare names")
+        print(comparison(groups, baseline))
+        if args.plot:
+            plot(args.plot, groups)
+        if args.json:
+            write_json(args.json, [{"label": g.label, "seed": r.seed, **r.summary()} for g in groups for r in g.results])
+        return
+    result = Result(paths[0], read_state(paths[0]), *measure(paths[0], sets, args))
+    explained = {name: rows[:args.explain] for name, rows in result.answered.items()}
+    for e in sum(explained.values(), []):
+        print(explanation(e), end="\n\n")
+    print(f"{result.ckpt} ({result.config['method']})\n")
+    rows = list(result.benchmarks.items())
     print(table(rows + ([("mean", mean_figures(rows))] if len(rows) > 1 else [])))
     if args.json:
-        out = {"checkpoint": str(ckpt), "config": read_state(ckpt)["config"], "benchmarks": dict(rows)}
-        write_json(args.json, {**out, "explained": explained} if args.explain else out)
+        write_json(args.json, result.summary() | ({"explained": explained} if args.explain else {}))
 
 
 if __name__ == "__main__":
