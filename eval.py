@@ -67,7 +67,7 @@ def evaluate(model, tokenizer, encoded, batch_size=128, samples=0, seed=0, max_t
         batch = [encoded[i] for i in part]
         rollout = model.rollout([e.question for e in batch], max_tokens=limit)
         texts, ended = answer_texts(rollout, tokenizer, config.eos_id)
-        plans = plan_texts(model, rollout, tokenizer) if model.decoder is not None else [[]] * len(batch)
+        plans = plan_texts(model, rollout.z, rollout.steps, tokenizer) if model.decoder is not None else [[]] * len(batch)
         latents = (rollout.steps * config.thoughts_per_step).tolist()
         for i, e, text, end, plan, used, n in zip(part, batch, texts, ended, plans, latents, rollout.lengths.tolist()):
             correct = is_correct(text, e.example)

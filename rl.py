@@ -46,7 +46,8 @@ class Score:
     reward: torch.Tensor
     correct: torch.Tensor
     well_formed: torch.Tensor
-    coherence: torch.Tensor
+    coherence: torch.Tensor  # 0 where the plan was not decoded
+    decoded: torch.Tensor  # 1 where it was
 
 
 def answer_texts(rollout, tokenizer, eos_id):
@@ -56,25 +57,30 @@ def answer_texts(rollout, tokenizer, eos_id):
     return [tokenizer.decode(r[:-1] if e else r) for r, e in zip(rows, ended)], ended
 
 
-def plan_texts(model, rollout, tokenizer):
-    """Per row, what each latent step says in words."""
-    return [[tokenizer.decode(s).strip() for s in row] for row in model.decode_steps(rollout.z, rollout.steps)]
+def plan_texts(model, z, steps, tokenizer):
+    """Per row of z (B, N, c, d) with `steps` (B,), what each latent step says in words."""
+    return [[tokenizer.decode(s).strip() for s in row] for row in model.decode_steps(z, steps)]
 
 
 def score(model, rollout, examples, tokenizer, w_acc=1.0, w_fmt=0.5, w_coh=0.1):
     """Reward of each rollout (paper, equation of section 3.3): examples[b // group] is row b's question.
 
-    w_acc 0 is the coherence-only mode: the answer label is not used for the reward."""
+    w_acc 0 is the coherence-only mode: the answer label is not used for the reward. Else only the plans of right answers
+    are decoded: the coherence of others earns nothing."""
     texts, ended = answer_texts(rollout, tokenizer, model.config.eos_id)
     examples = [e for e in examples for _ in range(rollout.group)]
     correct = torch.tensor([float(is_correct(t, e)) for t, e in zip(texts, examples)])
     form = torch.tensor([float(e and well_formed(t)) for t, e in zip(texts, ended)])
-    coherent = torch.zeros(len(texts))
+    coherent, decoded = torch.zeros(len(texts)), torch.zeros(len(texts))
     if model.decoder is not None and (w_coh or not w_acc):
-        plans = plan_texts(model, rollout, tokenizer)
-        coherent = torch.tensor([coherence(p, extract_answer(t)) for p, t in zip(plans, texts)])
-    reward = w_acc * correct + w_fmt * form + w_coh * coherent * (correct if w_acc > 0 else 1)
-    return Score(reward, correct, form, coherent)
+        decoded = correct if w_acc > 0 else torch.ones(len(texts))
+        rows = decoded.nonzero().flatten()
+        if len(rows):
+            z, steps = (v[rows.to(v.device)] for v in (rollout.z, rollout.steps))
+            plans = plan_texts(model, z, steps, tokenizer)
+            coherent[rows] = torch.tensor([coherence(p, extract_answer(texts[i])) for p, i in zip(plans, rows.tolist())])
+    reward = w_acc * correct + w_fmt * form + w_coh * coherent
+    return Score(reward, correct, form, coherent, decoded)
 
 
 def advantages(reward, group, std=True, eps=1e-4):

@@ -52,10 +52,10 @@ def fake(tokens, plans, group=2):
     """A stand-in for a model and its rollout: answers and decoded plans are given."""
     class Model:
         config, decoder = type("C", (), {"eos_id": 0}), object()
-        decode_steps = staticmethod(lambda z, steps: plans)
+        decode_steps = staticmethod(lambda z, steps: [plans[i] for i in z.tolist()])
     width = max(map(len, tokens))
     rollout = type("R", (), dict(
-        group=group, z=None, steps=None, lengths=torch.tensor([len(t) for t in tokens]),
+        group=group, z=torch.arange(len(plans)), steps=torch.zeros(len(plans)), lengths=torch.tensor([len(t) for t in tokens]),
         tokens=torch.tensor([t + [0] * (width - len(t)) for t in tokens])))
     return Model(), rollout
 
@@ -67,10 +67,13 @@ def test_score():
     got = score(model, rollout, [example], Words(), 1.0, 0.5, 0.1)
     assert got.correct.tolist() == [1, 0, 1, 1]
     assert got.well_formed.tolist() == [1, 1, 0, 0]
-    assert got.coherence.tolist() == [1.0, 0.5, 0.0, 0.0]
+    assert got.coherence.tolist() == [1.0, 0.0, 0.0, 0.0]
+    assert got.decoded.tolist() == [1, 0, 1, 1]  # the second plan, coherent by half, would earn nothing
     torch.testing.assert_close(got.reward, torch.tensor([1.6, 0.5, 1.0, 1.0]))
     # coherence only: no label is used, so another label changes nothing
-    a = score(model, rollout, [example], Words(), 0.0, 0.5, 1.0).reward
+    got = score(model, rollout, [example], Words(), 0.0, 0.5, 1.0)
+    assert got.coherence.tolist() == [1.0, 0.5, 0.0, 0.0] and got.decoded.tolist() == [1, 1, 1, 1]
+    a = got.reward
     b = score(model, rollout, [replace(example, answer="5")], Words(), 0.0, 0.5, 1.0).reward
     assert a.tolist() == b.tolist() == [1.5, 1.0, 0.0, 0.0]
 
