@@ -519,7 +519,7 @@ class LLaMA(nn.Module):
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
         """Read config.json and model.safetensors (or the shards of model.safetensors.index.json).
 
-        Peak memory is the model in `dtype` and one slice of a tensor. FileNotFoundError where a file is missing,
+        Peak memory is the model in `dtype` and a buffer of some MB. FileNotFoundError where a file is missing,
         ValueError naming file and key where it is not a LLaMA that this code can run; both before anything is
         allocated."""
         path = Path(path)
@@ -539,10 +539,10 @@ class LLaMA(nn.Module):
         for name, p in wanted.items():
             if name not in index:
                 raise ValueError(f"{path}: tensor {name} is missing")
-            file, shape, kind = index[name]
+            file, shape, kind, _ = index[name]
             if shape != tuple(p.shape):
                 raise ValueError(f"{file}: tensor {name} has shape {shape}, config.json says {tuple(p.shape)}")
-            if kind not in ("F64", "F32", "F16", "BF16"):
+            if kind not in FLOATS:
                 raise ValueError(f"{file}: tensor {name} has dtype {kind}, not a plain float")
         # a tied checkpoint may hold the output matrix twice; old ones hold rotary tables
         spare = {n for n in index.keys() - wanted.keys() if n != "lm_head.weight" and "rotary_emb" not in n}
@@ -550,7 +550,8 @@ class LLaMA(nn.Module):
             raise ValueError(f"{index[min(spare)][0]}: tensor {min(spare)!r} is not part of this architecture")
         model = model.to(dtype).to_empty(device=device)
         for name, out in model.disk_parts().items():
-            read_tensor(index[name][0], name, out)
+            file, _, kind, start = index[name]
+            read_tensor(file, FLOATS[kind], start, out)
         return model
 
     def save_pretrained(self, path):
@@ -559,6 +560,9 @@ class LLaMA(nn.Module):
         path.mkdir(parents=True, exist_ok=True)
         save_tensors(self.disk_parts(), path / "model.safetensors")
         write_json(path / "config.json", self.config.to_dict())
+
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # on disk
 
 
 def read_json(file):
@@ -588,7 +592,7 @@ def save_tensors(tensors, file):
 
 
 def tensor_index(path):
-    """{tensor name: (file, shape, dtype name)} of a directory's model.safetensors or of its shards."""
+    """{tensor name: (file, shape, dtype name, place of its first byte)} of a directory's model.safetensors or of its shards."""
     whole, table = path / "model.safetensors", path / "model.safetensors.index.json"
     if whole.exists():
         files = {None: whole}
@@ -617,22 +621,33 @@ def tensor_index(path):
 
 
 def tensor_headers(file):
-    """{tensor name: (shape, dtype name)}, reading only the file's header."""
+    """{tensor name: (shape, dtype name, place of its first byte)}, reading only the file's header."""
     try:
-        with safe_open(file, framework="pt") as f:
-            slices = {name: f.get_slice(name) for name in f.keys()}
-            return {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+        with safe_open(file, framework="pt"):  # the library holds the header against the file
+            pass
+        with open(file, "rb") as f:
+            size = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(size))
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: no such file") from None
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{file}: not a readable safetensors file ({e})") from None
+    header.pop("__metadata__", None)
+    return {name: (tuple(e["shape"]), e["dtype"], 8 + size + e["data_offsets"][0]) for name, e in header.items()}
 
 
-def read_tensor(file, name, out, chunk=2**24):
-    """Fill `out` from one tensor of a safetensors file, in row slices of about `chunk` elements.
+def read_tensor(file, dtype, start, out, chunk=2**22):
+    """Fill a contiguous `out` from the numbers of `dtype` that begin at byte `start` of a file.
 
-    The file is mapped anew for each slice, so that pages already copied do not stay resident."""
-    rows = max(1, chunk // max(1, math.prod(out.shape[1:])))
-    for start in range(0, out.shape[0], rows):
-        with safe_open(file, framework="pt") as f:
-            out[start:start + rows].copy_(f.get_slice(name)[start:start + rows])
+    They are read straight into it, or, where it has another dtype or is on another device, in parts of `chunk` elements
+    through one buffer: new memory is slow, and a file mapped whole would count as the process's own."""
+    straight = out.dtype == dtype and out.device.type == "cpu"
+    buffer = None if straight else torch.empty(min(chunk, out.numel()), dtype=dtype)
+    with open(file, "rb", buffering=0) as f:
+        f.seek(start)
+        for part in out.view(-1).split(chunk):
+            raw = part if straight else buffer[:len(part)]
+            if f.readinto(raw.view(torch.uint8).numpy()) < raw.nbytes:
+                raise ValueError(f"{file}: it ends before its tensors do")
+            if not straight:
+                part.copy_(raw)

@@ -515,7 +515,7 @@ class LatentReasoner(nn.Module):
         file = path / "heads.safetensors"
         own = {n: p for n, p in model.state_dict().items() if not n.startswith(("policy.", "decoder."))}
         if own:
-            shapes = {n: shape for n, (shape, _) in tensor_headers(file).items()}
+            shapes = {n: shape for n, (shape, *_) in tensor_headers(file).items()}
             if shapes != {n: tuple(p.shape) for n, p in own.items()}:
                 raise ValueError(f"{file}: its tensors are not the heads that {path / 'latent.json'} asks for")
             model.load_state_dict(load_file(file), strict=False)
