@@ -95,6 +95,14 @@ def in_evaluation(folder, every):
     return row.get("step", 0) > 0 and row["step"] % every == 0 and "valid" not in row
 
 
+def training(folder, since):
+    """Whether a run that began at `since` has got to its steps: it has written metrics.jsonl (anew, if resumed)."""
+    try:
+        return (Path(folder) / "metrics.jsonl").stat().st_mtime >= since
+    except FileNotFoundError:
+        return False
+
+
 def temporary(folder, since):
     """Names of unfinished or half deleted checkpoints that were begun after `since`."""
     found = []
@@ -107,16 +115,19 @@ def temporary(folder, since):
 
 
 def kill_at(process, folder, aim, after, every):
-    """SIGKILL to a running process `after` seconds (aim "any"), or where it writes a checkpoint or evaluates, so many
-    seconds later. The phase in which it was hit, as what it left shows; None: it had ended by itself."""
-    began, rows = time.time(), len(metrics(folder))
-    hit = {"any": lambda: time.time() - began >= after,
+    """SIGKILL to a running process `after` seconds from its start (aim "any"), or from where it trains, writes a
+    checkpoint or evaluates. The phase in which it was hit, as what it left shows; None: it had ended by itself."""
+    began = time.time()
+    hit = {"any": lambda: True,
+           "step": lambda: training(folder, began),
            "checkpoint": lambda: temporary(folder, began),
            "evaluation": lambda: in_evaluation(folder, every)}[aim]
     while process.poll() is None and not hit():
         time.sleep(0.0005)
-    if aim != "any":
-        time.sleep(after)
+    try:
+        process.wait(after)
+    except subprocess.TimeoutExpired:
+        pass
     if process.poll() is None:
         process.send_signal(signal.SIGKILL)
     _, said = process.communicate(timeout=60)
@@ -131,15 +142,15 @@ def kill_at(process, folder, aim, after, every):
         return "writing a checkpoint"
     if in_evaluation(folder, every):
         return "evaluation"
-    return "start-up" if len(metrics(folder)) <= rows else "step"
+    return "step" if training(folder, began) else "start-up"
 
 
-def killed_run(args, folder, every, kills, rng, seconds, aims=("any", "checkpoint", "evaluation")):
+def killed_run(args, folder, every, kills, rng, seconds, aims=("any", "step", "checkpoint", "evaluation")):
     """Start `args`, kill it, resume it, until there were so many kills or it ended. {phase: kills}"""
     phases, flags = Counter(), []
     while sum(phases.values()) < kills:
         aim = rng.choice(aims)
-        after = rng.uniform(0, seconds if aim == "any" else 0.03 if aim == "checkpoint" else 0.1)
+        after = rng.uniform(0, {"any": seconds, "step": seconds / 4, "checkpoint": 0.03, "evaluation": 0.1}[aim])
         phase = kill_at(start(*args, *flags), folder, aim, after, every)
         if phase is None:
             return phases
