@@ -10,13 +10,16 @@ A checkpoint carries its whole configuration: nothing about model, method or sta
 import argparse
 import json
 import math
+import os
 import statistics
 import sys
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from data import TEST_SETS, Parser, Tokenizer, encode_all, extract_answer, is_correct, load, parse_number
@@ -134,6 +137,7 @@ def explanation(e):
     return "\n".join(lines)
 
 
+<<<<<<< HEAD
 def measure(ckpt, sets, args):
     """({set: figures}, {set: what became of each question}) of a checkpoint on [(name, examples)]."""
     model = LatentReasoner.from_pretrained(ckpt, device=args.device)
@@ -318,6 +322,17 @@ def plot(file, groups):
     except ValueError as e:  # a name that ends in no known format
         raise ValueError(f"--plot {file}: {e}") from None
     plt.close(fig)
+=======
+def first_to_say(text):
+    """Whether this process is the one of torchrun's to print an error. Before the processes are joined an error lies
+    in what all processes of a machine share, the command line and the files; after, the first that has it says it."""
+    if not dist.is_initialized():
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        return dist.distributed_c10d._get_default_store().add(f"error: {text}", 1) == 1
+    except dist.DistError:  # the process that held the store is gone
+        return True
+>>>>>>> faults
 
 
 def run_main(main):
@@ -326,7 +341,13 @@ def run_main(main):
     try:
         sys.exit(main())
     except (ValueError, OSError, FloatingPointError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        if first_to_say(str(e)):
+            print(f"error: {e}", file=sys.stderr, flush=True)
+            if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun's last lines say what is in it
+                said = {"message": f"error: {e}", "extraInfo": {"timestamp": int(time.time())}}
+                Path(file).write_text(json.dumps({"message": said}))
+        else:
+            time.sleep(10)  # torchrun ends all when the first ends: let that be the one that says why
         sys.exit(2 if isinstance(e, (ValueError, FileNotFoundError)) else 1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

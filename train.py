@@ -25,6 +25,7 @@ import threading
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 
@@ -135,6 +136,11 @@ def parse(argv):
     """The flags that were given, as a dict. One flag a field of Config."""
     p = Parser(description=__doc__.split("\n\nRead")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
     help_text = comments()
+
+    def wrong(message):  # run_main prints it, once for all processes
+        raise ValueError(f"{message} (see --help)")
+
+    p.error = wrong
 
     def boolean(text):
         if text.lower() not in ("true", "false", "yes", "no", "1", "0"):
@@ -391,7 +397,14 @@ def save_checkpoint(run, model, tokenizer, optimizer, names, state):
     kept = sorted(run.dir.glob("step-*"))[-run.cfg.keep:]
     for old in run.dir.glob("step-*"):
         if old not in kept and int(old.name[5:]) != state["best"].get("step"):
-            shutil.rmtree(old)
+            remove(old)
+
+
+def remove(ckpt):
+    """Delete a checkpoint: it is whole, or it has another name."""
+    hidden = ckpt.with_name(f".tmp-{ckpt.name}")
+    os.replace(ckpt, hidden)
+    shutil.rmtree(hidden)
 
 
 def flush(folder):
@@ -444,7 +457,8 @@ def finish_step(run, optimizer, lr, step, ids, parts):
     params = [p for g in optimizer.param_groups for p in g["params"]]
     norm = float(torch.nn.utils.clip_grad_norm_(params, run.cfg.clip))
     if not math.isfinite(norm):
-        bad = [k for k, v in parts.items() if not math.isfinite(float(v))] or ["gradient"]
+        parts = run.mean({k: float(v) for k, v in parts.items()})  # all processes are here, and say the same
+        bad = [k for k, v in parts.items() if not math.isfinite(v)] or ["gradient"]
         raise FloatingPointError(f"step {step}: {', '.join(bad)} is not finite; the last checkpoint stands "
                                  f"(batch: {', '.join(ids)})")
     for g in optimizer.param_groups:
@@ -465,6 +479,12 @@ def begin(cfg, name, given):
     run.resumed = ckpt
     if not ckpt and cfg.init and Path(cfg.init).resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"--init {cfg.init} is in {folder}, which this run replaces: give another --out_dir")
+    if name == "rl" and run.world > cfg.questions_per_step:
+        raise ValueError(f"--questions_per_step {cfg.questions_per_step} is smaller than the number of processes "
+                         f"{run.world}")
+    if name != "rl" and accumulation(run, cfg.batch_size) * run.world > cfg.batch_size:
+        raise ValueError(f"--batch_size {cfg.batch_size} leaves a process without rows ({run.world} processes, "
+                         f"--micro_batch {cfg.micro_batch}): raise either")
     model, tokenizer = build(dataclasses.replace(cfg, init=str(ckpt)) if ckpt else cfg)
     model.policy.activation_checkpointing = cfg.activation_checkpointing
     names = {p: n for n, p in model.named_parameters()}
@@ -475,15 +495,15 @@ def begin(cfg, name, given):
         if ckpt:
             run.say(f"{name}: resumed at step {state['step']} of {ckpt}")
         if run.main and ckpt and metrics.exists():  # drop what was logged after the checkpoint, or cut by a kill
-            rows = [r for r in metrics.read_text().splitlines() if r.endswith("}")]
-            kept = "".join(r + "\n" for r in rows if json.loads(r)["step"] <= state["step"])
+            rows = [r for r in metrics.read_text().splitlines(keepends=True) if r.endswith("\n")]
+            kept = "".join(r for r in rows if json.loads(r)["step"] <= state["step"])
             metrics.with_suffix(".tmp").write_text(kept)
             os.replace(metrics.with_suffix(".tmp"), metrics)
         elif run.main and not ckpt:
             if cfg.resume:
                 run.say(f"{name}: nothing to resume in {folder}: it begins")
             for old in folder.glob("step-*"):
-                shutil.rmtree(old)
+                remove(old)
             metrics.unlink(missing_ok=True)
         yield run, cfg, state, model, tokenizer, names, train, valid
 
@@ -514,9 +534,6 @@ def train_supervised(cfg, name, given):
         size = sum(p.numel() for p in model.policy.parameters()) / 1e6
         run.say(f"{name}: {cfg.method}, {size:.2f} M parameters, {len(train)} examples, {total} steps of "
                 f"{cfg.batch_size} (" + ", ".join(f"stage {s}: {k}" for s, k in stages) + ")")
-        if accumulation(run, cfg.batch_size) * run.world > cfg.batch_size:
-            raise ValueError(f"--batch_size {cfg.batch_size} leaves a process without rows ({run.world} processes, "
-                             f"--micro_batch {cfg.micro_batch}): raise either")
         step, first, began, begun_at = state["step"], 0, time.time(), state["step"]
         bar = run.bar(total, step)
         for stage, steps in stages:
@@ -625,8 +642,6 @@ def train_rl(cfg, name, given):
     """GRPO on questions and answers, from the checkpoint cfg.init; the trained checkpoint is in out_dir/name."""
     with begin(cfg, name, given) as (run, cfg, state, model, tokenizer, names, train, valid):
         Q, G = cfg.questions_per_step, cfg.group
-        if run.world > Q:
-            raise ValueError(f"--questions_per_step {Q} is smaller than the number of processes {run.world}")
         total = cfg.rl_iters or max(1, len(train) // Q)  # 0: one epoch over the questions
         total = min(total, cfg.max_iters) if cfg.max_iters else total
         model.set_trainable("rl")
@@ -740,19 +755,38 @@ def reuse_memory():
         mallopt(option, 2**31 - 1)
 
 
+@contextmanager
+def processes(cfg):
+    """Join torchrun's other processes, if there are any. Where one of them ends or hangs, this one ends too."""
+    if "RANK" not in os.environ or dist.is_initialized():
+        yield
+        return
+    device = device_of(cfg)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # the longest that processes wait for one another: rank 0 writes checkpoints alone
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+    try:
+        yield
+    except SystemExit:  # a signal: all processes stop after the same step
+        dist.destroy_process_group()
+        raise
+    except RuntimeError as e:
+        if not isinstance(e, dist.DistError) and "gloo" not in str(e):
+            raise
+        time.sleep(10)  # torchrun ends this process meanwhile: its last lines are about the one that ended first
+        raise ConnectionError("another process of this run has ended, or hangs") from None
+    dist.destroy_process_group()  # after an error it could wait for processes that are gone
+
+
 def main(argv=None):
     given = parse(argv)
     cfg = resolve(given)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    if "RANK" in os.environ and not dist.is_initialized():
-        device = device_of(cfg)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.set_float32_matmul_precision("high")
     reuse_memory()
-    try:
+    with processes(cfg):
         if cfg.stage == "rl":
             train_rl(cfg, "rl", given)
         elif cfg.stage == "cot":
@@ -760,24 +794,26 @@ def main(argv=None):
         elif cfg.stage == "vae":
             train_supervised(cfg, "vae", given)
         else:
-            rows = {}
-            if cfg.method == "atp":
-                if cfg.baseline:
-                    own = {"method": "nocot", "max_iters": cfg.baseline}
-                    other = dataclasses.replace(cfg, **own)
-                    rows["answer only (nocot)"] = train_supervised(other, "nocot", given | own)
-                rows["latents, imitation (vae)"] = train_supervised(cfg, "vae", given)
-                if dist.is_initialized():
-                    dist.barrier()  # the checkpoint is there for every process
-                cfg = resolve({**given, "init": str(Path(cfg.out_dir) / "vae")})
-                rows["latents, active planning (rl)"] = train_rl(cfg, "rl", given)
-            else:
-                rows[cfg.method] = train_supervised(cfg, "vae", given)
-            if not dist.is_initialized() or dist.get_rank() == 0:
-                report(cfg, rows)
-    finally:
+            train_all(cfg, given)
+
+
+def train_all(cfg, given):
+    """The default job: the stages in turn, and their table."""
+    rows = {}
+    if cfg.method == "atp":
+        if cfg.baseline:
+            own = {"method": "nocot", "max_iters": cfg.baseline}
+            other = dataclasses.replace(cfg, **own)
+            rows["answer only (nocot)"] = train_supervised(other, "nocot", given | own)
+        rows["latents, imitation (vae)"] = train_supervised(cfg, "vae", given)
         if dist.is_initialized():
-            dist.destroy_process_group()
+            dist.barrier()  # the checkpoint is there for every process
+        cfg = resolve({**given, "init": str(Path(cfg.out_dir) / "vae")})
+        rows["latents, active planning (rl)"] = train_rl(cfg, "rl", given)
+    else:
+        rows[cfg.method] = train_supervised(cfg, "vae", given)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        report(cfg, rows)
 
 
 if __name__ == "__main__":

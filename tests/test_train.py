@@ -5,14 +5,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from data import builtin, load
+from data import load
 from eval import find_checkpoint, run_main
 from eval import main as evaluate
+from faults import differences
 from safetensors.torch import load_file
 from train import Config, batch_indices, check, curriculum, parse, resolve
 from train import main as train
@@ -22,14 +22,6 @@ SMALL = ["--hidden_size", "16", "--layers", "1", "--heads", "2", "--intermediate
          "--micro_batch", "8", "--max_steps", "3", "--eval_every", "0", "--eval_size", "4", "--log_every", "1",
          "--threads", "1", "--warmup", "2", "--questions_per_step", "4", "--group", "4", "--minibatch", "8",
          "--rl_lr", "1e-3", "--rl_warmup", "1"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Some built-in questions as a file in GSM8K-Aug's format."""
-    file = tmp_path_factory.mktemp("data") / "questions.txt"
-    file.write_text("".join(f"{e.question}||{' '.join(e.steps)} #### {e.answer}\n" for e in builtin("in_dist", "test")[:60]))
-    return str(file)
 
 
 def command(out, data, *flags, stage="vae"):
@@ -55,28 +47,6 @@ def torchrun(n, *args, check=True):
                           check=check, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory, data):
-    out = tmp_path_factory.mktemp("vae")
-    train(command(out, data, "--max_iters", "8"))
-    return out
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory, data):
-    """Trained until some answers are well formed and some are not: rewards differ within groups."""
-    out = tmp_path_factory.mktemp("warm")
-    train(command(out, data, "--max_iters", "120", "--lr", "1e-2", "--cot_lr", "1e-2"))
-    return out
-
-
-@pytest.fixture(scope="module")
-def rl(tmp_path_factory, warm, data):
-    out = tmp_path_factory.mktemp("rl")
-    train(command(out, data, "--init", str(warm), "--max_iters", "3", stage="rl"))
-    return out
-
-
 def test_rl_moves_all_but_the_decoder(warm, rl):
     before, after = weights(warm, "vae"), weights(rl, "rl")
     moved = {k.split(":")[0] + ("" if "heads" not in k else k.split(":")[1].split(".")[0]) for k in before
@@ -99,29 +69,9 @@ def test_accumulation_changes_nothing(tmp_path, vae, warm, rl, data, stage):
     assert_same(weights(tmp_path, stage), weights(vae if stage == "vae" else rl, stage))
 
 
-@pytest.mark.parametrize("stage", ("vae", "rl"))
-def test_resume_after_kill_equals_no_kill(tmp_path, vae, warm, rl, data, stage):
-    flags = ["--max_iters", "8"] if stage == "vae" else ["--max_iters", "3", "--init", str(warm)]
-    args = command(tmp_path, data, *flags, "--save_every", "1", stage=stage)
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *args], stdout=subprocess.DEVNULL)
-    first = tmp_path / stage / "step-0000001"
-    for _ in range(1200):
-        if first.exists() or process.poll() is not None:
-            break
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert first.exists() or list((tmp_path / stage).glob("step-*"))
-    train([*args, "--resume"])
-    whole = vae if stage == "vae" else rl
-    assert_same(weights(tmp_path, stage), weights(whole, stage), exact=True)
-    steps = lambda out: [json.loads(r)["step"] for r in (Path(out) / stage / "metrics.jsonl").read_text().splitlines()]
-    assert steps(tmp_path) == steps(whole)
-
-
 def test_same_seed_same_weights_other_seed_other_weights(tmp_path, vae, data):
     train(command(tmp_path / "a", data, "--max_iters", "8"))
-    assert_same(weights(tmp_path / "a", "vae"), weights(vae, "vae"), exact=True)
+    assert differences(tmp_path / "a" / "vae", vae / "vae") == []  # all files, and the metrics but for clocks
     train(command(tmp_path / "b", data, "--max_iters", "8", "--seed", "1"))
     assert not weights(tmp_path / "b", "vae")["model.safetensors:model.norm.weight"].equal(
         weights(vae, "vae")["model.safetensors:model.norm.weight"])
