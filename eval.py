@@ -137,7 +137,6 @@ def explanation(e):
     return "\n".join(lines)
 
 
-<<<<<<< HEAD
 def measure(ckpt, sets, args):
     """({set: figures}, {set: what became of each question}) of a checkpoint on [(name, examples)]."""
     model = LatentReasoner.from_pretrained(ckpt, device=args.device)
@@ -322,7 +321,6 @@ def plot(file, groups):
     except ValueError as e:  # a name that ends in no known format
         raise ValueError(f"--plot {file}: {e}") from None
     plt.close(fig)
-=======
 def first_to_say(text):
     """Whether this process is the one of torchrun's to print an error. Before the processes are joined an error lies
     in what all processes of a machine share, the command line and the files; after, the first that has it says it."""
@@ -332,7 +330,6 @@ def first_to_say(text):
         return dist.distributed_c10d._get_default_store().add(f"error: {text}", 1) == 1
     except dist.DistError:  # the process that held the store is gone
         return True
->>>>>>> faults
 
 
 def run_main(main):

@@ -23,7 +23,7 @@ def pack_small_batches(request, monkeypatch):
 
 # small trained models, for test_train and test_faults
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def data(tmp_path_factory):
     """Some built-in questions as a file in GSM8K-Aug's format."""
     file = tmp_path_factory.mktemp("data") / "questions.txt"
@@ -31,7 +31,7 @@ def data(tmp_path_factory):
     return str(file)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def vae(tmp_path_factory, data):
     from test_train import command
     out = tmp_path_factory.mktemp("vae")
@@ -39,7 +39,7 @@ def vae(tmp_path_factory, data):
     return out
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def warm(tmp_path_factory, data):
     """Trained until some answers are well formed and some are not: rewards differ within groups."""
     from test_train import command
@@ -48,7 +48,7 @@ def warm(tmp_path_factory, data):
     return out
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def rl(tmp_path_factory, warm, data):
     from test_train import command
     out = tmp_path_factory.mktemp("rl")
