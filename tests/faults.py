@@ -171,8 +171,8 @@ def kill_stage(stage, args, out, whole, kills, seed, seconds):
     every = int(STEPS[stage][STEPS[stage].index("--eval_every") + 1])
     while sum(phases.values()) < kills:
         folder = out / f"killed{runs}"
-        phases += killed_run([*args, "--out_dir", folder], folder / stage, every, kills - sum(phases.values()), rng,
-                             seconds)
+        left = kills - sum(phases.values())
+        phases += killed_run([*args, "--out_dir", folder], folder / stage, every, left, rng, seconds)
         wrong += [f"run {runs + 1}: {d}" for d in differences(folder / stage, whole)]
         runs += 1
     where = ", ".join(f"{n} in {phase}" for phase, n in sorted(phases.items()))

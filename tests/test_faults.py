@@ -3,6 +3,7 @@ do. The full count of kills is `python tests/faults.py`."""
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -45,13 +46,13 @@ def test_killed_twice_and_resumed_equals_never_killed(tmp_path, whole, warm, dat
 
 def test_differences_are_seen(tmp_path, whole):
     """What the harness compares with: one byte, one line, one checkpoint."""
-    import shutil
     for change in ("metrics.jsonl", "step-0000024/optimizer.safetensors", "step-0000024/decoder/model.safetensors"):
         copy = tmp_path / change.replace("/", "_")
         shutil.copytree(whole / "vae", copy)
         file = copy / change
         raw = file.read_bytes()
-        file.write_bytes(raw + raw[raw[:-1].rindex(b"\n") + 1:] if file.suffix == ".jsonl" else raw[:-1] + bytes([raw[-1] ^ 1]))
+        last = raw[raw[:-1].rindex(b"\n") + 1:] if file.suffix == ".jsonl" else b""
+        file.write_bytes(raw + last if last else raw[:-1] + bytes([raw[-1] ^ 1]))
         assert [d.split()[0] for d in differences(copy, whole / "vae")] == [change]
     shutil.rmtree(copy / "step-0000023")
     assert "checkpoints" in differences(copy, whole / "vae")[0]
@@ -194,7 +195,8 @@ def test_fewer_examples_than_processes_and_unlike_shares(tmp_path, warm, data):
     two.write_text("".join(Path(data).read_text().splitlines(keepends=True)[:2]))
     two = str(two)
     vae = ["--max_iters", "4", "--eval_every", "2", "--batch_size", "5", "--micro_batch", "2"]
-    rl = ["--max_iters", "2", "--questions_per_step", "3", "--minibatch", "6", "--micro_batch", "2", "--init", str(warm)]
+    rl = ["--max_iters", "2", "--questions_per_step", "3", "--minibatch", "6", "--micro_batch", "2"]
+    rl += ["--init", str(warm)]
     body = JOIN + f"""
 train.main({command(tmp_path / "a", two, *vae)!r})
 real = train.score
@@ -235,7 +237,8 @@ def test_resume_with_other_numbers_of_processes_and_micro_batches(tmp_path, whol
             with pytest.raises(KeyboardInterrupt):
                 train(args)
         later.append([*args, "--resume", "--micro_batch", "3"])
-    status, errors = torchrun(tmp_path, JOIN + "".join(f"train.main({a!r})\n" for a in later) + "dist.destroy_process_group()")
+    body = JOIN + "".join(f"train.main({a!r})\n" for a in later) + "dist.destroy_process_group()\n"
+    status, errors = torchrun(tmp_path, body)
     assert status == 0, errors
     for stage in ("vae", "rl"):
         assert_same(weights(tmp_path, stage), weights(whole, stage))
