@@ -92,6 +92,8 @@ def last_row(folder):
 
 def in_evaluation(folder, every):
     row = last_row(folder)
+    if row.get("stage") == 0:  # text: there is nothing to validate yet
+        return False
     return row.get("step", 0) > 0 and row["step"] % every == 0 and "valid" not in row
 
 
@@ -116,12 +118,14 @@ def temporary(folder, since):
 
 def kill_at(process, folder, aim, after, every):
     """SIGKILL to a running process `after` seconds from its start (aim "any"), or from where it trains, writes a
-    checkpoint or evaluates. The phase in which it was hit, as what it left shows; None: it had ended by itself."""
+    checkpoint, evaluates, or has logged step `aim`. The phase in which it was hit, as what it left shows; None: it had
+    ended by itself."""
     began = time.time()
-    hit = {"any": lambda: True,
-           "step": lambda: training(folder, began),
-           "checkpoint": lambda: temporary(folder, began),
-           "evaluation": lambda: in_evaluation(folder, every)}[aim]
+    aims = {"any": lambda: True,
+            "step": lambda: training(folder, began),
+            "checkpoint": lambda: temporary(folder, began),
+            "evaluation": lambda: in_evaluation(folder, every)}
+    hit = aims.get(aim, lambda: training(folder, began) and last_row(folder).get("step", 0) >= aim)
     while process.poll() is None and not hit():
         time.sleep(0.0005)
     try:
@@ -150,7 +154,8 @@ def killed_run(args, folder, every, kills, rng, seconds, aims=("any", "step", "c
     phases, flags = Counter(), []
     while sum(phases.values()) < kills:
         aim = rng.choice(aims)
-        after = rng.uniform(0, {"any": seconds, "step": seconds / 4, "checkpoint": 0.03, "evaluation": 0.1}[aim])
+        latest = {"any": seconds, "step": seconds / 4, "checkpoint": 0.03, "evaluation": 0.1}.get(aim, 0)
+        after = rng.uniform(0, latest)
         phase = kill_at(start(*args, *flags), folder, aim, after, every)
         if phase is None:
             return phases
@@ -166,8 +171,8 @@ def kill_stage(stage, args, out, whole, kills, seed, seconds):
     every = int(STEPS[stage][STEPS[stage].index("--eval_every") + 1])
     while sum(phases.values()) < kills:
         folder = out / f"killed{runs}"
-        phases += killed_run([*args, "--out_dir", folder], folder / stage, every, kills - sum(phases.values()), rng,
-                             seconds)
+        left = kills - sum(phases.values())
+        phases += killed_run([*args, "--out_dir", folder], folder / stage, every, left, rng, seconds)
         wrong += [f"run {runs + 1}: {d}" for d in differences(folder / stage, whole)]
         runs += 1
     where = ", ".join(f"{n} in {phase}" for phase, n in sorted(phases.items()))
