@@ -55,7 +55,7 @@ def token_limit(model, longest):
 
 @torch.no_grad()
 def evaluate(model, tokenizer, encoded, batch_size=128, samples=0, seed=0, max_tokens=160, progress=None):
-    """Figures of a list of data.Encoded questions, a dict of numbers; and what became of each question, a list of dicts.
+    """Figures of a list of data.Encoded questions (a dict of numbers), and what became of each (a list of dicts).
 
     accuracy, coherence: 0 to 1; tokens: latents used + answer tokens without <eos>, mean per question; pass@j: unbiased
     estimate from `samples` rollouts (Chen et al. 2021, arXiv 2107.03374); maj@k: the most frequent answer is right."""
@@ -70,7 +70,9 @@ def evaluate(model, tokenizer, encoded, batch_size=128, samples=0, seed=0, max_t
         batch = [encoded[i] for i in part]
         rollout = model.rollout([e.question for e in batch], max_tokens=limit)
         texts, ended = answer_texts(rollout, tokenizer, config.eos_id)
-        plans = plan_texts(model, rollout.z, rollout.steps, tokenizer) if model.decoder is not None else [[]] * len(batch)
+        plans = [[]] * len(batch)
+        if model.decoder is not None:
+            plans = plan_texts(model, rollout.z, rollout.steps, tokenizer)
         latents = (rollout.steps * config.thoughts_per_step).tolist()
         for i, e, text, end, plan, used, n in zip(part, batch, texts, ended, plans, latents, rollout.lengths.tolist()):
             correct = is_correct(text, e.example)
@@ -261,7 +263,7 @@ def difference(group, baseline):
 
 
 def comparison(groups, baseline):
-    """Markdown, a row a group. Accuracy, coherence, pass@k and maj@k in per cent; mean ± standard deviation over seeds;
+    """Markdown, a row a group. Accuracy, coherence, pass@k, maj@k in per cent; mean ± standard deviation over seeds;
     difference to the baseline ± its standard error."""
     sets = list(groups[0].results[0].benchmarks)
     more = [k for k in groups[0].results[0].mean if k not in ("n", "accuracy", "tokens", "latents")]
@@ -304,7 +306,8 @@ def plot(file, groups):
     for g in groups:
         x, y = (list(g.values(k).values()) for k in ("tokens", "accuracy"))
         bar = lambda v: statistics.stdev(v) if len(v) > 1 else 0
-        axes[0].errorbar(statistics.mean(x), statistics.mean(y), bar(y), bar(x), "o", color=colors[g.label], label=g.label)
+        axes[0].errorbar(statistics.mean(x), statistics.mean(y), bar(y), bar(x), "o", color=colors[g.label],
+                         label=g.label)
     axes[0].set(xlabel="tokens an answer", ylabel="accuracy")
     axes[0].legend(fontsize="small")
     for axis, name in zip(axes[1:], CURVES if planned else ()):
@@ -365,8 +368,8 @@ def main(argv=None):
     p.add_argument("--seed", type=int, default=0, help="of the samples (0)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     p.add_argument("--json", metavar="FILE", help="write everything there")
-    p.add_argument("--compare", nargs="+", metavar="DIR", help="a table of these runs, or of all runs in these folders: "
-                   "those that differ by no more than their seed are one row")
+    p.add_argument("--compare", nargs="+", metavar="DIR", help="a table of these runs, or of all runs in these "
+                   "folders: those that differ by no more than their seed are one row")
     p.add_argument("--baseline", metavar="DIR", help="one run of the row that differences are taken to (the first)")
     p.add_argument("--plot", metavar="FILE", help="with --compare: a picture of accuracy against tokens and of the RL "
                    "curves (needs matplotlib)")
@@ -394,7 +397,8 @@ def main(argv=None):
         if args.plot:
             plot(args.plot, groups)
         if args.json:
-            write_json(args.json, [{"label": g.label, "seed": r.seed, **r.summary()} for g in groups for r in g.results])
+            write_json(args.json, [{"label": g.label, "seed": r.seed, **r.summary()}
+                                   for g in groups for r in g.results])
         return
     result = Result(paths[0], read_state(paths[0]), *measure(paths[0], sets, args))
     explained = {name: rows[:args.explain] for name, rows in result.answered.items()}

@@ -65,8 +65,8 @@ def plan_texts(model, z, steps, tokenizer):
 def score(model, rollout, examples, tokenizer, w_acc=1.0, w_fmt=0.5, w_coh=0.1):
     """Reward of each rollout (paper, equation of section 3.3): examples[b // group] is row b's question.
 
-    w_acc 0 is the coherence-only mode: the answer label is not used for the reward. Else only the plans of right answers
-    are decoded: the coherence of others earns nothing."""
+    w_acc 0 is the coherence-only mode: the answer label is not used for the reward. Else only the plans of right
+    answers are decoded: the coherence of others earns nothing."""
     texts, ended = answer_texts(rollout, tokenizer, model.config.eos_id)
     examples = [e for e in examples for _ in range(rollout.group)]
     correct = torch.tensor([float(is_correct(t, e)) for t, e in zip(texts, examples)])
@@ -78,7 +78,8 @@ def score(model, rollout, examples, tokenizer, w_acc=1.0, w_fmt=0.5, w_coh=0.1):
         if len(rows):
             z, steps = (v[rows.to(v.device)] for v in (rollout.z, rollout.steps))
             plans = plan_texts(model, z, steps, tokenizer)
-            coherent[rows] = torch.tensor([coherence(p, extract_answer(texts[i])) for p, i in zip(plans, rows.tolist())])
+            answers = [extract_answer(texts[i]) for i in rows.tolist()]
+            coherent[rows] = torch.tensor([coherence(p, a) for p, a in zip(plans, answers)])
     reward = w_acc * correct + w_fmt * form + w_coh * coherent
     return Score(reward, correct, form, coherent, decoded)
 

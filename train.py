@@ -691,7 +691,8 @@ def rl_step(run, ddp, optimizer, examples, tokenizer, step, lr):
     clock.append(time.time())
     advantage = advantages(result.reward, G, cfg.std_norm).to(run.device)
     stats = {"reward": result.reward, "accuracy": result.correct, "well_formed": result.well_formed,
-             "coherence": result.coherence, "decoded": result.decoded, "latents": (rollout.steps * cfg.thoughts_per_step).float(),
+             "coherence": result.coherence, "decoded": result.decoded,
+             "latents": (rollout.steps * cfg.thoughts_per_step).float(),
              "sigma": torch.tensor(rollout.sigma), "advantage": advantage.abs()}
     share = len(mine) * run.world / Q  # processes may have unlike shares of the questions
     stats = run.mean({k: float(v.mean()) * share for k, v in stats.items()})

@@ -166,8 +166,9 @@ def sft(name, args, steps=None, seconds=20.0, **changes):
 
 
 def rl(name, args, seconds=20.0, **changes):
-    """RL steps, in parts. The reward holds the decoding of right answers' plans. How many are right depends on the model:
-    the decoding of all plans, the most that it can be, is timed alone; its share is that of rollout, decoding, update."""
+    """RL steps, in parts. The reward holds the decoding of right answers' plans. How many are right depends on the
+    model: the decoding of all plans, the most that it can be, is timed alone; its share is that of rollout, decoding
+    and update."""
     b = Bench(name, args, **changes)
     model, Q, G = b.model, b.spec["questions"], b.spec["group"]
     model.set_trainable("rl")
@@ -256,8 +257,8 @@ def write_1b(folder):
 def load_1b(folder, dtype):
     """Loading against reading the file's bytes (both from the page cache), memory against the model's own.
 
-    Two ways to read: into one small buffer, which touches no new memory, and into new memory, as a model needs it. Pages
-    that a virtual machine touches for the first time are slower still: enough of them are touched before."""
+    Two ways to read: into one small buffer, which touches no new memory, and into new memory, as a model needs it.
+    Pages that a virtual machine touches for the first time are slower still: enough of them are touched before."""
     file = Path(folder) / "model.safetensors"
 
     def read():
@@ -337,8 +338,8 @@ def report(results):
         for key, label in (("example_s", "seconds an example, latents"), ("rl_step_s", "seconds an RL step, group")):
             print(markdown([f"{w}: {label}", *g[key]], [["", *(f(v, 3) for v in g[key].values())]]), end="\n\n")
     if "1B" in results:
-        rows = [[k, f(r["read_s"]), f(r["read_new_s"]), f(r["load_s"]), x(r["load_over_read_new"]), f(r["model_gb"]), x(r["peak_over_model"]),
-                 f(r["forward_128_tokens_s"]) if "forward_128_tokens_s" in r else ""] for k, r in results["1B"].items()]
+        rows = [[k, f(r["read_s"]), f(r["read_new_s"]), f(r["load_s"]), x(r["load_over_read_new"]), f(r["model_gb"]),
+                 x(r["peak_over_model"]), f(r["forward_128_tokens_s"]) if "forward_128_tokens_s" in r else ""] for k, r in results["1B"].items()]
         print(markdown(["1B", "read s", "read into new memory s", "load s", "load / read into new", "model GB",
                         "peak memory / model", "forward, 128 tokens, s"], rows))
 
