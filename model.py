@@ -592,7 +592,7 @@ def save_tensors(tensors, file):
 
 
 def tensor_index(path):
-    """{tensor name: (file, shape, dtype name, place of its first byte)} of a directory's model.safetensors or shards."""
+    """{tensor name: (file, shape, dtype name, first byte's place)} of a directory's model.safetensors or of shards."""
     whole, table = path / "model.safetensors", path / "model.safetensors.index.json"
     if whole.exists():
         files = {None: whole}

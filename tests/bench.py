@@ -339,7 +339,8 @@ def report(results):
             print(markdown([f"{w}: {label}", *g[key]], [["", *(f(v, 3) for v in g[key].values())]]), end="\n\n")
     if "1B" in results:
         rows = [[k, f(r["read_s"]), f(r["read_new_s"]), f(r["load_s"]), x(r["load_over_read_new"]), f(r["model_gb"]),
-                 x(r["peak_over_model"]), f(r["forward_128_tokens_s"]) if "forward_128_tokens_s" in r else ""] for k, r in results["1B"].items()]
+                 x(r["peak_over_model"]), f(r["forward_128_tokens_s"]) if "forward_128_tokens_s" in r else ""]
+                for k, r in results["1B"].items()]
         print(markdown(["1B", "read s", "read into new memory s", "load s", "load / read into new", "model GB",
                         "peak memory / model", "forward, 128 tokens, s"], rows))
 
