@@ -176,8 +176,8 @@ def kill_stage(stage, args, out, whole, kills, seed, seconds):
         wrong += [f"run {runs + 1}: {d}" for d in differences(folder / stage, whole)]
         runs += 1
     where = ", ".join(f"{n} in {phase}" for phase, n in sorted(phases.items()))
-    return verdict(f"{stage}: {sum(phases.values())} kills ({where}) over {runs} runs, each compared with the one never "
-                   "killed", wrong)
+    return verdict(f"{stage}: {sum(phases.values())} kills ({where}) over {runs} runs, each compared with the one "
+                   "never killed", wrong)
 
 
 def verdict(text, wrong):
