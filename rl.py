@@ -97,13 +97,21 @@ def advantages(reward, group, std=True, eps=1e-4):
 # --- objective ---
 
 class LogProbs(nn.Module):
-    """forward(Rollout): its log-probabilities under the current weights, from one teacher-forced parallel pass over
-    question + sampled latents + answer. A module of its own, so that DDP can wrap the pass."""
+    """forward(Rollout): its log-probabilities under the current weights. A module of its own, so that DDP can wrap it.
 
-    def __init__(self, model, temperature=1.0):
+    Two gradients of the expected reward (Config.latent_grad). "score", the paper's: latents are actions, held fixed,
+    with their log-densities; one parallel pass over question + sampled latents + answer. "path", ours: latents are
+    drawn again, one position at a time, from the noise of the rollout, and gradients flow through z = mu + sigma eps
+    and the chain of latents into the log-probabilities of what was chosen, the stops and the answer's tokens: unbiased
+    where the reward depends on these alone (score leaves out the density of the latent at which a row stopped).
+    Small model, 4096 rollouts: two independent estimates by path have a cosine of 0.81 (answer) and 0.73 (stop); those
+    of the latents' score term one of -0.003, at 13 times the norm."""
+
+    def __init__(self, model, temperature=1.0, latent_grad="score"):
         super().__init__()
         self.model = model
         self.temperature = temperature
+        self.path = latent_grad == "path"
 
     def forward(self, rollout):
         """latent (B, N, c) or None, stop (B, N + 1) or None, token (B, A): as the Rollout's own, with gradients."""
@@ -116,12 +124,20 @@ class LogProbs(nn.Module):
         steps, device = rollout.steps, rollout.z.device
         used, written = first(steps, N), first(rollout.lengths, rollout.tokens.shape[1])
         embed = policy.embed_tokens
+        latent = stop = None
         if config.latent:
             ends = torch.full((B, 1), config.end_id, device=device)
             text = embed(torch.cat((ends, rollout.tokens[:, :-1]), dim=1))
-            inputs = torch.cat((rollout.z.flatten(1, 2).to(text.dtype), text), dim=1)
-            h = policy.hidden(embeds=inputs, cache=cache, valid=torch.cat((used.repeat_interleave(c, 1), written), 1))
-            before, h = torch.cat((h0[:, None], h[:, :N * c]), dim=1)[:, :N * c], h[:, N * c:]
+            if self.path:
+                thought = self.model.think(h0, cache, steps, N, rollout.eps)
+                h = policy.hidden(embeds=text, cache=cache, valid=written)
+                if thought.stop_logits is not None:
+                    stop = stop_terms(thought.stop_logits, steps, rollout.stopped)
+            else:
+                inputs = torch.cat((rollout.z.flatten(1, 2).to(text.dtype), text), dim=1)
+                h = policy.hidden(embeds=inputs, cache=cache, valid=torch.cat((used.repeat_interleave(c, 1), written), 1))
+                before, h = torch.cat((h0[:, None], h[:, :N * c]), dim=1)[:, :N * c], h[:, N * c:]
+                latent, stop = self.of_fixed(rollout, before, used)
         else:  # the first token is chosen at the end of the prefix
             h = h0[:, None]
             if rollout.tokens.shape[1] > 1:
@@ -130,17 +146,22 @@ class LogProbs(nn.Module):
         logp = F.log_softmax(precise(policy.logits(h[written])) / self.temperature, dim=-1)
         token = torch.zeros(written.shape, device=device, dtype=logp.dtype)
         token = token.masked_scatter(written, logp.gather(1, rollout.tokens[written][:, None]).squeeze(1))
+        return latent, stop, token
+
+    def of_fixed(self, rollout, before, used):
+        """Latent and stop terms of the latents as they were sampled; before (B, N c, d): the states before them."""
         latent = stop = None
+        B, N, c, _ = rollout.z.shape
         if rollout.latent_logp is not None:
             mu, logvar = self.model.latent(before.unflatten(1, (N, c)))
             latent = gaussian_logp(rollout.z, mu, logvar) * used[..., None]
         if rollout.stop_logp is not None:
             seen = torch.cat((rollout.z[:, :, 0], torch.zeros_like(rollout.stop_z)[:, None]), dim=1)  # (B, N + 1, d)
-            here = stop_places(steps, rollout.stopped, N + 1)
+            here = stop_places(rollout.steps, rollout.stopped, N + 1)
             seen = torch.where(here[..., None], rollout.stop_z[:, None], seen)
-            logits = precise(self.model.stop_head(seen.to(embed.weight.dtype)))
-            stop = stop_terms(logits, steps, rollout.stopped)
-        return latent, stop, token
+            logits = precise(self.model.stop_head(seen.to(self.model.policy.embed_tokens.weight.dtype)))
+            stop = stop_terms(logits, rollout.steps, rollout.stopped)
+        return latent, stop
 
 
 def objective(new, rollout, advantage, total, clip=0.2, latent_coef=1.0, latent_mean=False):

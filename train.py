@@ -95,8 +95,9 @@ class Config:
     w_coh: float = 0.1  # reward of coherence
     ratio_clip: float = 0.2  # PPO
     std_norm: bool = True  # divide advantages by the group's standard deviation
-    latent_coef: float = 1.0  # weight of the latents' policy-gradient terms (paper: 1)
-    latent_mean: bool = False  # latent log-density averaged, not summed, over d (paper: summed)
+    latent_grad: str = "path"  # gradient of latents: path (through z = mu + sigma eps), score (of log N(z; mu, sigma))
+    latent_coef: float = 1.0  # weight of the policy-gradient terms of latents and stops (paper: 1)
+    latent_mean: bool = False  # score: log-density averaged, not summed, over d (paper: summed)
     temperature: float = 1.0  # of answer tokens in rollouts
     max_answer: int = 16  # most answer tokens of a rollout
     # running
@@ -116,11 +117,11 @@ class Config:
 PRETRAINED = dict(
     data="gsm8k_aug", context=512, thoughts_per_step=2, max_steps=10, batch_size=256, micro_batch=32, cot_epochs=0.0,
     epochs_per_stage=2.0, final_epochs=5.0, cot_lr=1e-4, lr=1e-4, min_lr=0.1, warmup=100, beta2=0.999,
-    weight_decay=0.01, rl_lr=1e-6, baseline=0, rl_iters=0, questions_per_step=16, minibatch=16, eval_every=1000,
+    weight_decay=0.01, rl_lr=1e-6, latent_grad="score", baseline=0, rl_iters=0, questions_per_step=16, minibatch=16, eval_every=1000,
     save_every=1000)
 
 CHOICES = {"stage": ("all", "cot", "vae", "rl"), "method": tuple(METHODS), "device": ("auto", "cpu", "cuda"),
-           "dtype": ("auto", "float32", "bfloat16"),
+           "dtype": ("auto", "float32", "bfloat16"), "latent_grad": ("path", "score"),
            **{k: ("auto", "yes", "no") for k in ("vae", "stop", "decode", "compile")}}
 # settings that belong to the run and not to the model: never taken from the checkpoint that --init names
 OWN = ("stage", "baseline", "init", "out_dir", "resume", "seed", "device", "dtype", "compile", "threads", "max_iters")
@@ -648,7 +649,7 @@ def train_rl(cfg, name, given):
         optimizer = make_optimizer(model, cfg)
         if run.resumed:
             load_optimizer(optimizer, names, run.resumed)
-        log_probs = LogProbs(model, cfg.temperature)
+        log_probs = LogProbs(model, cfg.temperature, cfg.latent_grad)
         ddp = run.wrap(log_probs, model)
         run.say(f"{name}: {total} batches of {Q} questions x {G} rollouts, {Q * G // cfg.minibatch} optimizer steps "
                 f"each, from {cfg.init}")
@@ -707,9 +708,11 @@ def rl_step(run, ddp, optimizer, examples, tokenizer, step, lr):
 def update(run, ddp, optimizer, rollout, advantage, lr, step, ids):
     """Optimizer steps over one batch of rollouts. Each takes as many rollouts of every question, so that what is
     in it does not depend on the number of processes; a micro-batch is some questions with theirs."""
-    cfg, G, questions = run.cfg, rollout.group, len(rollout.prefix)
+    cfg, G = run.cfg, rollout.group
     members = cfg.minibatch // cfg.questions_per_step
-    parts = np.array_split(np.arange(questions), -(-questions * members // max(cfg.micro_batch, members)))
+    # where all rewards of a group are equal, nothing is learned; one question is kept for DDP to average
+    active = (advantage.view(-1, G) != 0).any(dim=1).nonzero().flatten().tolist() or [0]
+    parts = np.array_split(active, -(-len(active) * members // max(cfg.micro_batch, members)))
     stats = []
     for first in range(0, G, members):
         for micro, part in enumerate(parts):

@@ -236,6 +236,7 @@ class Rollout:
     latent_logp: torch.Tensor | None  # (B, N, c)
     stop_logp: torch.Tensor | None    # (B, N + 1): continue at steps 0 .. steps - 1, stop at `steps`
     token_logp: torch.Tensor | None  # (B, A)
+    eps: torch.Tensor | None    # (B, K, c, d) the noise that its latents were drawn with
     sigma: float = 0.0          # mean over the latents used
 
     def rows(self, index):
@@ -470,7 +471,7 @@ class LatentReasoner(nn.Module):
         if t.stop_logits is not None:
             stop_logp = stop_terms(t.stop_logits, t.steps, t.stopped)
         return Rollout(prefix, valid, group, precise(t.z), t.steps, t.stopped, t.stop_z, tokens, lengths, latent_logp,
-                       stop_logp, token_logp, sigma)
+                       stop_logp, token_logp, noise and noise.latent, sigma)
 
     @torch.no_grad()
     def decode_steps(self, z, steps, max_tokens=16, rows=512):
