@@ -70,7 +70,7 @@ class Config:
     decode: str = "auto"  # decoder and its loss: auto, yes, no
     # supervised stage
     batch_size: int = 32  # examples an optimizer step, over all processes
-    micro_batch: int = 32  # most examples a process takes through the model at once
+    micro_batch: int = 128  # most examples a process takes through the model at once
     cot_epochs: float = 2.0  # stage 0: text chain of thought (warm start)
     epochs_per_stage: float = 0.2  # each further stage makes one more step latent
     final_epochs: float = 1.6  # further epochs with all steps latent
@@ -84,17 +84,18 @@ class Config:
     clip: float = 1.0  # gradient norm
     beta_kl: float = 1e-3  # weight of the KL term
     # reinforcement learning
-    rl_lr: float = 2e-5  # learning rate
+    rl_lr: float = 2e-4  # peak learning rate
+    rl_min_lr: float = 0.0  # the cosine ends at this share of the peak (1: constant)
     rl_warmup: int = 10  # steps of linear warm-up
-    rl_iters: int = 50  # batches of questions
-    questions_per_step: int = 32  # over all processes
+    rl_iters: int = 400  # batches of questions (0: one epoch)
+    questions_per_step: int = 64  # over all processes
     group: int = 8  # rollouts a question
-    minibatch: int = 256  # rollouts an optimizer step, over all processes
+    minibatch: int = 512  # rollouts an optimizer step, over all processes
     w_acc: float = 1.0  # reward of a right answer (0: coherence-only mode, no answer label is used)
     w_fmt: float = 0.5  # reward of a well-formed answer
     w_coh: float = 0.1  # reward of coherence
     ratio_clip: float = 0.2  # PPO
-    std_norm: bool = True  # divide advantages by the group's standard deviation
+    std_norm: bool = False  # divide advantages by the group's standard deviation (paper: yes)
     latent_grad: str = "path"  # gradient of latents: path (through z = mu + sigma eps), score (of log N(z; mu, sigma))
     latent_coef: float = 1.0  # weight of the policy-gradient terms of latents and stops (paper: 1)
     latent_mean: bool = False  # score: log-density averaged, not summed, over d (paper: summed)
@@ -115,10 +116,10 @@ class Config:
 
 # The other set of defaults: the paper's recipe, where --init is a pretrained LLaMA (paper, sections 4 and 5)
 PRETRAINED = dict(
-    data="gsm8k_aug", context=512, thoughts_per_step=2, max_steps=10, batch_size=256, micro_batch=32, cot_epochs=0.0,
-    epochs_per_stage=2.0, final_epochs=5.0, cot_lr=1e-4, lr=1e-4, min_lr=0.1, warmup=100, beta2=0.999,
-    weight_decay=0.01, rl_lr=1e-6, latent_grad="score", baseline=0, rl_iters=0, questions_per_step=16, minibatch=16, eval_every=1000,
-    save_every=1000)
+    baseline=0, data="gsm8k_aug", context=512, thoughts_per_step=2, max_steps=10, batch_size=256, micro_batch=32,
+    cot_epochs=0.0, epochs_per_stage=2.0, final_epochs=5.0, cot_lr=1e-4, lr=1e-4, min_lr=0.1, warmup=100, beta2=0.999,
+    weight_decay=0.01, rl_lr=1e-6, rl_min_lr=1.0, rl_iters=0, questions_per_step=16, minibatch=16, std_norm=True,
+    latent_grad="score", eval_every=1000, save_every=1000)
 
 CHOICES = {"stage": ("all", "cot", "vae", "rl"), "method": tuple(METHODS), "device": ("auto", "cpu", "cuda"),
            "dtype": ("auto", "float32", "bfloat16"), "latent_grad": ("path", "score"),
@@ -320,10 +321,10 @@ def batch_indices(seed, step, n, size):
     return [int(permutation(seed, p // n, n)[p % n]) for p in places]
 
 
-def make_optimizer(module, cfg):
+def make_optimizer(module, cfg, weight_decay=0.0):
     """AdamW, fused; no decay on norms and biases (all vectors). The learning rate is set at each step."""
     params = [p for p in module.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in params if p.dim() > 1], "weight_decay": cfg.weight_decay},
+    groups = [{"params": [p for p in params if p.dim() > 1], "weight_decay": weight_decay},
               {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, betas=(0.9, cfg.beta2), fused=True)
 
@@ -447,10 +448,11 @@ def resumed(cfg, given, folder):
     return cfg, ckpt, state
 
 
-def lr_at(step, peak, first, steps, optimizer_step, cfg):
-    """Cosine over steps [first, first + steps), with a linear warm-up after each new optimizer."""
+def lr_at(step, first, steps, peak, least, optimizer_step, warmup):
+    """Cosine over steps [first, first + steps) from `peak` to `least` times that, with a linear warm-up after each new
+    optimizer."""
     cosine = 0.5 * (1 + math.cos(math.pi * (step - first) / steps))
-    return peak * (cfg.min_lr + (1 - cfg.min_lr) * cosine) * min(1.0, (optimizer_step + 1) / max(1, cfg.warmup))
+    return peak * (least + (1 - least) * cosine) * min(1.0, (optimizer_step + 1) / max(1, warmup))
 
 
 def finish_step(run, optimizer, lr, step, ids, parts):
@@ -545,15 +547,15 @@ def train_supervised(cfg, name, given):
                 model.copy_decoder()
             model.set_trainable(stage)
             # one cosine over the text stage, another over all latent stages
-            cosine = (cfg.cot_lr, 0, text_steps) if stage == 0 else (cfg.lr, text_steps, total - text_steps)
-            optimizer = make_optimizer(model, cfg)  # made anew at each stage
+            cosine = (0, text_steps, cfg.cot_lr) if stage == 0 else (text_steps, total - text_steps, cfg.lr)
+            optimizer = make_optimizer(model, cfg, cfg.weight_decay)  # made anew at each stage
             if step > first:
                 load_optimizer(optimizer, names, run.resumed)
             ddp = run.wrap(model, model)
             model.train()
             while step < first + steps:
                 examples = [train[i] for i in batch_indices(cfg.seed, step, len(train), cfg.batch_size)]
-                lr = lr_at(step, *cosine, step - first, cfg)
+                lr = lr_at(step, *cosine, cfg.min_lr, step - first, cfg.warmup)
                 step += 1
                 norm, parts = supervised_step(run, ddp, optimizer, examples, stage, step, lr)
                 bar.update()
@@ -660,8 +662,8 @@ def train_rl(cfg, name, given):
         bar = run.bar(total, step)
         while step < total:
             chosen = batch_indices(cfg.seed + (RL_ORDER << 32), step, len(train), Q)
+            lr = lr_at(step, 0, total, cfg.rl_lr, cfg.rl_min_lr, step, cfg.rl_warmup)
             step += 1
-            lr = cfg.rl_lr * min(1.0, step / max(1, cfg.rl_warmup))
             stats = rl_step(run, ddp, optimizer, [train[i] for i in chosen], tokenizer, step, lr)
             state |= {"step": step, "stage": "rl", "skipped": state["skipped"] + (stats["advantage"] == 0)}
             bar.update()

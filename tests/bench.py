@@ -46,7 +46,7 @@ from vae import END, METHODS, START, LatentConfig, LatentReasoner, Noise, remain
 WORKLOADS = {  # shape, then K, c, batch, questions x group of an RL step, rows of a micro-batch
     "S": dict(shape=(576, 1536, 30, 9, 3), vocab=49152, K=4, c=2, batch=8, questions=4, group=8, micro=8),
     "T": dict(shape=(256, 688, 4, 4, 4), vocab=49152, K=8, c=2, batch=32, questions=16, group=8, micro=32),
-    "E": dict(shape=(96, 256, 4, 4, 4), vocab=0, K=6, c=1, batch=32, questions=32, group=8, micro=32),
+    "E": dict(shape=(96, 256, 4, 4, 4), vocab=0, K=6, c=1, batch=32, questions=64, group=8, micro=128),
 }
 # The published SIM-CoT code (its class, transformers 4.46, the same weights, data, batch, AdamW, fp32) on 2 cores whose
 # peak was 100 GFLOP/s: examples/s, GB at most, and questions/s, one at a time as is its way. Measured apart.
@@ -145,7 +145,7 @@ def sft(name, args, steps=None, seconds=20.0, **changes):
     b = Bench(name, args, steps, **changes)
     b.model.set_trainable(b.spec["K"])
     b.model.train()
-    optimizer = make_optimizer(b.model, b.run.cfg)
+    optimizer = make_optimizer(b.model, b.run.cfg, b.run.cfg.weight_decay)
     ddp = b.run.wrap(b.model, b.model)
     size, clock, flops = b.spec["batch"], [], []
     peaks = [matmul_peak(b.device)]
@@ -173,15 +173,13 @@ def rl(name, args, seconds=20.0, **changes):
     model, Q, G = b.model, b.spec["questions"], b.spec["group"]
     model.set_trainable("rl")
     optimizer = make_optimizer(model, b.run.cfg)
-    log_probs = LogProbs(model)
+    log_probs = LogProbs(model, latent_grad="path" if name == "E" else "score")  # as by default
     ddp = b.run.wrap(log_probs, model)
     times, end = [], None
     for step in range(1, 10_000):
         batch = b.batch(step, Q)
         stats = rl_step(b.run, ddp, optimizer, batch, b.tokenizer, step, 1e-9)
-        if "grad_norm" not in stats:  # equal rewards: no update; the bench is no judge of answers
-            stats.update(forced_update(b, ddp, optimizer, batch, step))
-        times.append(stats)
+        times.append(stats | full_update(b, ddp, optimizer, batch, step))
         end = end or time.time() + seconds
         if time.time() > end and len(times) > 2:
             break
@@ -199,8 +197,9 @@ def noise_of(b, rows, step):
     return Noise.draw(rows, b.model.config, b.model.policy.config.hidden_size, b.run.cfg.max_answer, generator(0, step))
 
 
-def forced_update(b, ddp, optimizer, batch, step):
-    """The update that random advantages make."""
+def full_update(b, ddp, optimizer, batch, step):
+    """The update that random advantages make: the step's own leaves out groups of equal rewards, and the bench is no
+    judge of answers."""
     Q, G = b.spec["questions"], b.spec["group"]
     rollout = b.model.rollout([e.question for e in batch], G, noise_of(b, Q * G, step), b.run.cfg.max_answer)
     advantage = torch.randn(Q * G, generator=generator(1, step)).to(b.device)
