@@ -6,6 +6,7 @@ from dataclasses import replace
 import naive
 import pytest
 import torch
+import train
 from data import Example
 from rl import LogProbs, advantages, coherence, objective, score
 from vae import Noise
@@ -194,6 +195,27 @@ def test_first_gradient_is_the_policy_gradient():
             torch.testing.assert_close(got[name], p.grad, atol=2e-3, rtol=2e-2, msg=lambda m: f"{name}: {m}")
     assert "stop_head.0.weight" in got and "latent_head.logvar.weight" in got
     assert not any(n.startswith("decoder") for n in got)
+
+
+@pytest.mark.parametrize("grad", ("path", "score"))
+def test_update_leaves_out_groups_of_equal_rewards(monkeypatch, grad):
+    """They cost nothing, and the gradient is that of all rollouts."""
+    model, rollout = make(group=4)
+    advantage, seen, got = torch.randn(16), [], {}
+    advantage[4:8] = advantage[8:10] = 0  # the second question, and half of the third one's
+    log_probs = LogProbs(model, latent_grad=grad)
+    log_probs.register_forward_hook(lambda module, args, out: seen.append(len(args[0].z)))
+    monkeypatch.setattr(train, "finish_step", lambda *_: got.update(
+        {n: p.grad for n, p in model.named_parameters() if p.grad is not None}) or 1.0)
+    cfg = train.Config(questions_per_step=4, group=4, minibatch=16, micro_batch=8)
+    train.update(train.Run(cfg, "rl"), log_probs, None, rollout, advantage, 0.0, 1, [])
+    assert seen == [8, 4]
+    model.zero_grad()
+    objective(LogProbs(model, latent_grad=grad)(rollout), rollout, advantage, 16)[0].backward()
+    for name, p in model.named_parameters():
+        assert (p.grad is None) == (name not in got)
+        if p.grad is not None:
+            torch.testing.assert_close(got[name], p.grad, atol=1e-3, rtol=1e-3, msg=lambda m: f"{name}: {m}")
 
 
 def test_clipping():
