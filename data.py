@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from itertools import groupby
 from pathlib import Path
+from reprlib import repr as short
 
 import tiktoken
 from tqdm import tqdm
@@ -391,9 +392,13 @@ class Tokenizer:
         for name, id in _read_object(directory / "added_tokens.json").items():
             if self.special.get(name) == id:
                 continue
-            if not isinstance(id, int) or name in self.special or id in self._bytes or id < 0:
-                raise ValueError(f"{directory / 'added_tokens.json'}: '{name}': id {id} does not fit the tokenizer beside it")
-            self._add(name, id)
+            try:
+                if type(id) is not int or name in self.special or id in self._bytes or id < 0:
+                    raise ValueError
+                self._add(name, id)
+            except ValueError:  # an empty name, or one that is no Unicode
+                raise ValueError(f"{directory / 'added_tokens.json'}: {short(name)}: id {short(id)} does not fit the "
+                                 "tokenizer beside it") from None
         eos = _read_object(directory / "config.json").get("eos_token_id")
         eos = eos[0] if isinstance(eos, list) and eos else eos
         if isinstance(eos, int):

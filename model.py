@@ -17,6 +17,7 @@ import math
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from reprlib import repr as short
 
 import torch
 import torch.nn as nn
@@ -56,21 +57,21 @@ class LLaMAConfig:
         for name in sizes:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= 2**24:
-                raise ValueError(f"{name} must be an integer from 1 to {2**24}, not {value!r}")
+                raise ValueError(f"{name} must be an integer from 1 to {2**24}, not {short(value)}")
         if self.num_attention_heads * self.head_dim > 2**24:  # with this no tensor's size overflows 64 bits
             raise ValueError(f"num_attention_heads times head_dim is {self.num_attention_heads * self.head_dim}, "
                              f"more than {2**24}")
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
             if not positive(value):
-                raise ValueError(f"{name} must be a positive number, not {value!r}")
+                raise ValueError(f"{name} must be a positive number, not {short(value)}")
         if not isinstance(self.tie_word_embeddings, bool):
-            raise ValueError(f"tie_word_embeddings must be true or false, not {self.tie_word_embeddings!r}")
+            raise ValueError(f"tie_word_embeddings must be true or false, not {short(self.tie_word_embeddings)}")
         if self.bos_token_id is not None and type(self.bos_token_id) is not int:
-            raise ValueError(f"bos_token_id must be an integer, not {self.bos_token_id!r}")
+            raise ValueError(f"bos_token_id must be an integer, not {short(self.bos_token_id)}")
         eos = self.eos_token_id
         if eos is not None and any(type(i) is not int for i in (eos if isinstance(eos, list) else [eos])):
-            raise ValueError(f"eos_token_id must be an integer or a list of them, not {eos!r}")
+            raise ValueError(f"eos_token_id must be an integer or a list of them, not {short(eos)}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                              f"num_key_value_heads {self.num_key_value_heads}")
@@ -81,7 +82,7 @@ class LLaMAConfig:
             for key in needed:
                 value = self.rope_scaling.get(key)
                 if not positive(value):
-                    raise ValueError(f"rope_scaling needs a positive number {key!r}, not {value!r}")
+                    raise ValueError(f"rope_scaling needs a positive number {key!r}, not {short(value)}")
             if self.rope_scaling["low_freq_factor"] >= self.rope_scaling["high_freq_factor"]:
                 raise ValueError("rope_scaling needs low_freq_factor < high_freq_factor")
 
@@ -96,17 +97,17 @@ class LLaMAConfig:
             if key == "model_type" and key not in raw:
                 raise ValueError("key 'model_type' is missing (this code reads model_type 'llama')")
             if raw.get(key, allowed[0]) not in allowed:
-                raise ValueError(f"{key} {raw[key]!r} is not supported (only {allowed[0]!r})")
+                raise ValueError(f"{key} {short(raw[key])} is not supported (only {allowed[0]!r})")
         raw = dict(raw)
         # transformers 5 writes rope_parameters; published checkpoints have rope_theta + rope_scaling
         for key in ("rope_parameters", "rope_scaling"):
             if not isinstance(raw.get(key), (dict, type(None))):
-                raise ValueError(f"{key} must be an object, not {raw[key]!r}")
+                raise ValueError(f"{key} must be an object, not {short(raw[key])}")
         rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})  # transformers' order of preference
         raw["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in ("default", "llama3"):
-            raise ValueError(f"rope_type {kind!r} is not supported (only 'default' and 'llama3')")
+            raise ValueError(f"rope_type {short(kind)} is not supported (only 'default' and 'llama3')")
         if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
             raise ValueError("partial_rotary_factor is not supported")
         raw["rope_scaling"] = {**rope, "rope_type": kind} if kind == "llama3" else None

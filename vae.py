@@ -15,6 +15,7 @@ import copy
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from reprlib import repr as short
 
 import torch
 import torch.nn as nn
@@ -51,9 +52,9 @@ class LatentConfig:
         for f in fields(self):
             value = getattr(self, f.name)
             if type(value) is not {"bool": bool, "int": int, "str": str}[getattr(f.type, "__name__", f.type)]:
-                raise ValueError(f"{f.name} is {value!r}")
+                raise ValueError(f"{f.name} is {short(value)}")
         if self.method not in METHODS or self.thoughts_per_step < 1 or self.max_steps < 1:
-            raise ValueError(f"method {self.method!r}, thoughts_per_step {self.thoughts_per_step}, "
+            raise ValueError(f"method {short(self.method)}, thoughts_per_step {self.thoughts_per_step}, "
                              f"max_steps {self.max_steps}")
 
     def latent_steps(self, example, stage):
@@ -503,14 +504,20 @@ class LatentReasoner(nn.Module):
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
         """A directory written by save_pretrained. ValueError, FileNotFoundError: see LLaMA.from_pretrained."""
         path = Path(path)
-        raw = read_json(path / "latent.json")
+        file = path / "latent.json"
+        raw = read_json(file)
+        if not isinstance(raw, dict):
+            raise ValueError(f"{file}: not the configuration of a latent reasoner")
+        wrong = sorted(set(raw) ^ {f.name for f in fields(LatentConfig)})
+        if wrong:
+            raise ValueError(f"{file}: key {short(wrong[0])} is {'unknown' if wrong[0] in raw else 'missing'}")
         try:
             config = LatentConfig(**raw)
-        except (TypeError, ValueError) as e:  # a key that is missing, unknown or out of range
-            raise ValueError(f"{path / 'latent.json'}: not the configuration of a latent reasoner ({e})") from None
+        except ValueError as e:
+            raise ValueError(f"{file}: {e}") from None
         policy = LLaMA.from_pretrained(path, dtype, device)
         if not all(0 <= i < policy.config.vocab_size for i in (config.start_id, config.end_id, config.eos_id)):
-            raise ValueError(f"{path / 'latent.json'}: a token id is outside the vocabulary")
+            raise ValueError(f"{file}: a token id is outside the vocabulary")
         decoder = LLaMA.from_pretrained(path / "decoder", dtype, device) if config.decode else None
         model = cls(policy, config, decoder).to(device)
         file = path / "heads.safetensors"

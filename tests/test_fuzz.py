@@ -1,173 +1,247 @@
-"""Every format that is read, broken at random: it is read, or refused in one line that names the file.
+"""Every file that is read, broken at random: nothing but the documented errors, in one line that names the file; no
+hang, no memory beyond MEMORY, nothing written. What is read all the same must also run.
 
-    FUZZ=2000 python -m pytest -q tests/test_fuzz.py       so many mutations a format (the suite: 60)
-
-Bounds: 10 s a mutation, and 300 MB of memory over all mutations of a format.
+    python -m pytest tests/test_fuzz.py                 FUZZ mutations of each format, always the same ones
+    FUZZ=2000 python -m pytest tests/test_fuzz.py       as many as are promised
 """
 
 import base64
+import copy
 import json
 import os
 import resource
-import shutil
-import time
+import signal
+from collections import Counter
 from pathlib import Path
 
 import naive
 import pytest
-from data import Tokenizer, builtin_tokenizer, read_file
-from eval import read_state
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from model import LLaMA
+from safetensors.torch import save_file
+
+import data
+from data import Tokenizer
+from eval import read_state
+from model import LLaMA, write_json
 from vae import LatentReasoner
 
-SPLICES = [b"\0", b"\xef\xbb\xbf", b"\r\n", b"\n", b"\xff\xfe", b"\xed\xa0\x80", b"\\ud800", b"null", b"-1", b"0", b"NaN",
-           b"1e999", b"1e-999", b"9" * 30, b"9" * 5000, b"1" + b"0" * 12, b"[" * 3000, b"{" * 3000, b"]", b"}", b'"', b",",
-           b"<<", b">>", b"####", b"||", b"((", b"a" * 70_000, "\u0660\u00b2\U0001d7d8".encode(), b"../", b"true", b"{}"]
-VALUES = [None, True, False, 0, -1, 1, 3, 2**31, 2**63, 10**30, 1e300, -0.5, float("nan"), float("inf"), "", "x", "../x",
-          "\0", "9" * 400, [], {}, [None], {"a": 1}, [[1]], [[[[[]]]]]]
+FUZZ = int(os.environ.get("FUZZ", 120))
+MEMORY = 2**29  # bytes of address space that reading one file may add
+SECONDS = 10    # for one file
+
+VALUES = [None, True, False, 0, 1, -1, 2, 3, 7, 2**24, 2**31, 2**63, 2**64, 10**20, 10**400, 0.0, 0.5, -0.0, 1e-300, 1e30,
+          1e308, float("nan"), float("inf"), "", "a", "5", "\n", "\0", "\ud800", "../x", "/x", "é" * 300, "x" * 10**5,
+          [], {}, [[]], [None], [0], [1, 2], [2**62, 2**62], ["a", "b"], {"a": 1}, {"": None}, "llama3", "default",
+          "F32", "BF16", "I64", "BOOL", "F8_E4M3", "F4", "####", "<<1/0=1>>", "(" * 1000, "||", "-1e5", "(?=(a+))+\\1x"]
+NAMES = ["", "a", "\n", "\0", "__metadata__", "dtype", "rope_scaling", "rope_type", "head_dim", "unk_token", "input", "target"]
+JUNK = [b"\0", b"\xef\xbb\xbf", b"\r\n", b"\r", b"\n", b"\xff", b"\xed\xa0\x80", b"\x85", b"{", b"}", b"[", b"]", b'"', b",", b":",
+        b"[" * 5000, b'{"a":' * 5000, b"9" * 5000, b"1e999999999", b"NaN", b"\\ud800", b"\\u0000", b"-", b"#", b"<<", b">>", b"||",
+        b" " * 5000, b"\n" * 5000, b"(" * 5000, b"null", b"\xff" * 8, (2**62).to_bytes(8, "little"), b"\xe2\x80\xa8"]
 place = st.floats(0, 1, exclude_max=True)
-byte_edit = st.tuples(st.sampled_from(["flip", "cut", "delete", "double", "splice", "crlf"]), place, place,
-                      st.integers(0, 7), st.sampled_from(SPLICES))
-json_edit = st.tuples(st.just("value"), place, place, st.integers(0, 2), st.sampled_from(VALUES))
+BYTES = st.tuples(st.sampled_from(["flip", "cut", "drop", "double", "insert", "overwrite", "crlf", "head"]), place, place,
+                  st.integers(0, 7), st.sampled_from(JUNK))
+JSON = st.tuples(st.sampled_from(["set", "set", "set", "delete", "rename", "wrap", "deep"]),
+                 st.lists(st.integers(0, 999), min_size=1, max_size=6), st.sampled_from(VALUES), st.sampled_from(NAMES),
+                 st.integers(1, 990))
 
 
-def holders(value):
-    """Every (container, key) of a JSON value."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [found for k, v in list(items) for found in [(value, k), *holders(v)]]
+def mutate_bytes(raw, how):
+    kind, a, b, bit, junk = how
+    if kind == "head":  # a flip where the structure is, not in the bulk of the tensors
+        kind, a = "flip", a * min(1, 64 / max(1, len(raw)))
+    i = int(a * len(raw))
+    j = i + 1 + int(b ** 4 * (len(raw) - i))  # mostly short slices
+    if kind == "flip":
+        return raw[:i] + bytes([raw[i] ^ 1 << bit]) + raw[i + 1:] if raw else raw
+    return {"cut": raw[:i], "drop": raw[:i] + raw[j:], "double": raw[:j] + raw[i:], "insert": raw[:i] + junk + raw[i:],
+            "overwrite": raw[:i] + junk + raw[i + len(junk):], "crlf": raw.replace(b"\n", b"\r\n")}[kind]
 
 
-def change_value(raw, edit):
-    """Replace, remove or double one value of a JSON text."""
-    _, at, _, how, value = edit
-    try:
-        tree = json.loads(raw)
-    except (ValueError, RecursionError):
-        return raw
-    places = holders(tree)
-    if not places:
-        return raw
-    holder, key = places[int(at * len(places))]
-    if how == 0:
-        holder[key] = value
-    elif how == 1:
-        del holder[key]
-    elif isinstance(holder, list):
-        holder.append(holder[key])
+def mutate_json(value, how):
+    """One place of a JSON value, found by a walk from the root, set to another value, deleted, renamed or nested."""
+    kind, walk, new, name, depth = how
+    box = [copy.deepcopy(value)]
+    parent, key = box, 0
+    for step in walk:
+        child = parent[key]
+        if not isinstance(child, (dict, list)) or not child:
+            break
+        parent, key = child, step % len(child) if isinstance(child, list) else list(child)[step % len(child)]
+    if kind == "delete" and parent is not box:
+        del parent[key]
+    elif kind == "rename" and isinstance(parent, dict):
+        parent[name] = parent.pop(key)
+    elif kind == "wrap":
+        parent[key] = [parent[key]]
+    elif kind == "deep":
+        for _ in range(depth):
+            parent[key] = [parent[key]]
     else:
-        holder[f"{key}x"] = holder[key]
-    return json.dumps(tree).encode()
+        parent[key] = new
+    return box[0]
 
 
-def mutate(raw, edits):
-    for edit in edits:
-        kind, a, b, bit, splice = edit
-        i, j = sorted((int(a * (len(raw) + 1)), int(b * (len(raw) + 1))))
-        if kind == "value" and raw.lstrip()[:1] in (b"{", b"["):
-            raw = change_value(raw, edit)
-        elif kind == "flip" and i < len(raw):
-            raw = raw[:i] + bytes([raw[i] ^ 1 << bit]) + raw[i + 1:]
-        elif kind == "cut":
-            raw = raw[:i]
-        elif kind == "delete":
-            raw = raw[:i] + raw[i + (j - i) % 64:]
-        elif kind == "double":
-            raw = raw[:j] + raw[i:j] + raw[j:]
-        elif kind == "splice":
-            raw = raw[:i] + splice + raw[i:]
-        elif kind == "crlf":
-            raw = raw.replace(b"\n", b"\r\n")
-    return raw
+def as_json(raw, how):
+    return json.dumps(mutate_json(json.loads(raw), how)).encode()
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A folder with one good file of each format."""
-    out = tmp_path_factory.mktemp("whole")
-    model = naive.tiny()
-    model.save_pretrained(out / "model")
-    tokenizer = builtin_tokenizer()
-    tokenizer.save_pretrained(out / "model")
-    (out / "model" / "train.json").write_text(json.dumps({"config": {"method": "atp", "seed": 0}, "step": 3, "best": {}}))
-    shutil.copytree(out / "model", out / "sharded")
-    (out / "sharded" / "model.safetensors").rename(out / "sharded" / "shard-1.safetensors")
-    names = model.policy.disk_parts()
-    (out / "sharded" / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "shard-1.safetensors")}))
-    (out / "tiktoken").mkdir()
-    words = [bytes([i]) for i in range(256)] + [b"he", b"ll", b"hell"]
-    (out / "tiktoken" / "tokenizer.model").write_bytes(
-        b"".join(base64.b64encode(w) + b" %d\n" % i for i, w in enumerate(words)))
-    step = {"question": "Ann has 3 pens.\nHow many?", "answer": "She has <<3+4=7>>7.\n#### 7"}
-    files = {"gsm8k.jsonl": [step, {**step, "answer": "#### 1,000"}],
-             "pal.jsonl": [{"input": "How many?", "target": 51.5}, {"input": "And now?", "target": -3}]}
-    for name, rows in files.items():
-        (out / name).write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (out / "aug.txt").write_text("Ann has 3. How many?||<<3+4=7>> <<7*2=14>> #### 14\nAnd Ben?||<<1+1=2>> #### 2\n")
-    svamp = {"Body": "A pack costs $ 76", "Question": "How much?", "Equation": "( 76.0 - 25.0 )", "Answer": 51.0}
-    (out / "svamp.json").write_text(json.dumps([svamp, svamp], indent=1))
-    return out
+def as_lines(raw, how):
+    """One line of a jsonl file."""
+    lines = raw.splitlines()
+    i = how[1][-1] % len(lines)
+    lines[i] = as_json(lines[i], how)
+    return b"\n".join(lines)
 
 
-FORMATS = {  # the file to break, in a folder that is copied whole; who reads it
-    "model/model.safetensors": (LLaMA.from_pretrained, "model"),
-    "model/config.json": (LLaMA.from_pretrained, "model"),
-    "sharded/model.safetensors.index.json": (LLaMA.from_pretrained, "sharded"),
-    "model/heads.safetensors": (LatentReasoner.from_pretrained, "model"),
-    "model/latent.json": (LatentReasoner.from_pretrained, "model"),
-    "model/train.json": (read_state, "model"),
-    "model/tokenizer.json": (Tokenizer.from_pretrained, "model"),
-    "tiktoken/tokenizer.model": (Tokenizer.from_pretrained, "tiktoken"),
-    "gsm8k.jsonl": (read_file, "gsm8k.jsonl"),
-    "pal.jsonl": (read_file, "pal.jsonl"),
-    "aug.txt": (read_file, "aug.txt"),
-    "svamp.json": (read_file, "svamp.json"),
+def as_header(raw, how):
+    """The header of a safetensors file, its length put right."""
+    n = 8 + int.from_bytes(raw[:8], "little")
+    header = as_json(raw[8:n], how)
+    return len(header).to_bytes(8, "little") + header + raw[n:]
+
+
+# --- the formats: what makes a valid folder, and what reads it ---
+
+def llama(folder):
+    net = naive.tiny("nocot").policy
+    net.config.rope_scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                               "original_max_position_embeddings": 64}
+    net.save_pretrained(folder)
+    return net
+
+
+def sharded(folder):
+    tensors = {k: v.contiguous() for k, v in llama(folder).disk_parts().items()}
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for shard, part in shards.items():
+        save_file({n: tensors[n] for n in part}, folder / shard)
+    index = {"metadata": {"total_size": 1}, "weight_map": {n: s for s, part in shards.items() for n in part}}
+    write_json(folder / "model.safetensors.index.json", index)
+
+
+def checkpoint(folder):
+    naive.tiny().save_pretrained(folder)
+    write_json(folder / "train.json", {"config": {"method": "atp", "seed": 0}, "step": 3, "stage": "vae", "best": {}})
+
+
+def bpe(folder):
+    tokenizer = Tokenizer.from_words(["ab", "abc", " ab"], r" ?[a-z]+|\s+(?!\S)|[0-9]", ["<eos>", "<x>"])
+    tokenizer.add_special("<|start-latent|>")
+    tokenizer.save_pretrained(folder)
+
+
+def tiktoken(folder):
+    tokens = [bytes([b]) for b in range(256)] + [b"he", b"ll", b"hell"]
+    lines = (base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens))
+    (folder / "tokenizer.model").write_bytes(b"".join(lines))
+
+
+def text(name, content):
+    return lambda folder: (folder / name).write_text(content)
+
+
+def lines(name, *items):
+    return text(name, "".join(json.dumps(item) + "\n" for item in items))
+
+
+def read_llama(folder):
+    net = LLaMA.from_pretrained(folder)
+    net(torch.tensor([[1, 2, 3]]) % net.config.vocab_size)
+
+
+def read_tokenizer(folder):
+    tokenizer = Tokenizer.from_pretrained(folder)
+    tokenizer.add_special("<|end-latent|>")
+    tokenizer.decode(tokenizer.encode("hello ab 12\n<x>"))
+    assert tokenizer.vocab_size <= 2**24 + 1  # the embedding grows to it
+
+
+def read_reasoner(folder):
+    LatentReasoner.from_pretrained(folder).rollout([[1, 2], [3]], max_tokens=3)
+
+
+GSM = [{"question": f"How many {i}?", "answer": f"It is {i}+2=<<{i}+2={i + 2}>>{i + 2}.\n#### {i + 2},000"} for i in range(3)]
+SVAMP = [{"Body": "He had 3.", "Question": "How many?", "Equation": "( ( 8.0 + 2.5 ) - 3.0 )", "Answer": 7.5}] * 2
+AUG = "How many?||<<600*30/100=180>> <<600-180=420>> #### 420\nWhy?||<<1+2=3>> #### -3.50\n"
+FORMATS = {  # file -> (valid folder, structure, reader)
+    "model.safetensors": (llama, as_header, read_llama),
+    "a.safetensors": (sharded, as_header, read_llama),
+    "model.safetensors.index.json": (sharded, as_json, read_llama),
+    "config.json": (llama, as_json, read_llama),
+    "heads.safetensors": (checkpoint, as_header, read_reasoner),
+    "latent.json": (checkpoint, as_json, read_reasoner),
+    "train.json": (checkpoint, as_json, read_state),
+    "tokenizer.json": (bpe, as_json, read_tokenizer),
+    "added_tokens.json": (bpe, as_json, read_tokenizer),
+    "tokenizer.model": (tiktoken, None, read_tokenizer),
+    "gsm8k.jsonl": (lines("gsm8k.jsonl", *GSM), as_lines, None),
+    "gsm_hard.jsonl": (lines("gsm_hard.jsonl", {"input": "How many?", "code": "x", "target": 2.5e-06}, {"input": "q", "target": 5}),
+                       as_lines, None),
+    "multiarith.jsonl": (lines("multiarith.jsonl", {"input": "How many?", "target": "5"}, {"input": "q", "target": 7.0}), as_lines, None),
+    "svamp.json": (text("svamp.json", json.dumps(SVAMP, indent=1)), as_json, None),
+    "gsm8k_aug.txt": (text("gsm8k_aug.txt", AUG), None, None),
 }
 
 
-def peak_mb():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+# --- the bounds ---
+
+@pytest.fixture
+def bounds():
+    """Within, address space may grow by MEMORY and each call of the returned function starts SECONDS anew."""
+    def late(*_):
+        pytest.fail(f"took more than {SECONDS} s")
+    size = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmSize"))
+    limits, handler = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, late)
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, limits[1]))
+    yield lambda: signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, handler)
+    resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_broken_files_are_read_or_refused_in_one_line(whole, tmp_path, name):
-    read, path = FORMATS[name]
-    shutil.copytree(whole, tmp_path / "copy")
-    file = tmp_path / "copy" / name
-    raw = file.read_bytes()
-    read(tmp_path / "copy" / path)  # unbroken
-    there = sorted(tmp_path.rglob("*"))
-    counts, before = {"read": 0, "refused": 0}, peak_mb()
+def test_the_memory_bound_holds(bounds):
+    with pytest.raises(RuntimeError):
+        torch.empty(2 * MEMORY, dtype=torch.uint8)
+    torch.empty(MEMORY // 4, dtype=torch.uint8)
 
-    @settings(max_examples=int(os.environ.get("FUZZ", 60)), derandomize=True, deadline=None, database=None,
-              suppress_health_check=list(HealthCheck))
-    @given(st.lists(st.one_of(byte_edit, json_edit), min_size=1, max_size=3))
-    def check(edits):
-        file.write_bytes(mutate(raw, edits))
-        began = time.monotonic()
+
+def state(folder):
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("file", FORMATS)
+def test_fuzz(file, tmp_path, request):
+    make, structure, read = FORMATS[file]
+    make(tmp_path)
+    path, seen = tmp_path / file, Counter()
+    raw = path.read_bytes()
+    read = read or (lambda folder: data.read_file(path))
+    read(tmp_path)  # a valid one is read; and what a first use costs is not counted
+    start_clock = request.getfixturevalue("bounds")
+
+    @settings(max_examples=FUZZ, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(st.lists(JSON, max_size=2) if structure else st.just([]), st.lists(BYTES, max_size=3))
+    def broken(structured, raw_changes):
+        content = raw
+        for how in structured:
+            content = structure(content, how)
+        for how in raw_changes if not structured else raw_changes[2:]:  # else most would never reach the structure
+            content = mutate_bytes(content, how)
+        path.write_bytes(content)
+        before = state(tmp_path)
+        start_clock()
         try:
-            read(tmp_path / "copy" / path)
-            counts["read"] += 1
+            read(tmp_path)
+            seen["read"] += 1
         except (ValueError, FileNotFoundError) as error:
-            counts["refused"] += 1
-            said = str(error)
-            assert "\n" not in said and str(tmp_path / "copy" / path) in said and len(said) < 1000, said
-        assert time.monotonic() - began < 10
+            message = str(error)
+            assert message.isprintable() and str(tmp_path) in message and len(message) < 1000, message
+            seen["refused"] += 1
+        assert state(tmp_path) == before
 
-    check()
-    assert counts["refused"] > 5, counts
-    assert peak_mb() - before < 300
-    assert sorted(tmp_path.rglob("*")) == there  # nothing written
-
-
-def test_mutations_change_files(whole):
-    """The tool itself: each kind of edit does what it says."""
-    raw = b'{"a": [1, 2], "b": "x"}\n'
-    edit = lambda kind, a=0.5, b=0.6, bit=0, splice=b"\0": mutate(raw, [(kind, a, b, bit, splice)])
-    assert edit("cut") == raw[:12] and edit("splice", 0.0) == b"\0" + raw and edit("crlf").endswith(b"}\r\n")
-    assert len(edit("double")) > len(raw) > len(edit("delete")) and sum(x != y for x, y in zip(edit("flip"), raw)) == 1
-    assert json.loads(edit("value", 0.0, bit=0, splice=None)) == {"a": None, "b": "x"}
-    assert json.loads(edit("value", 0.9, bit=1)) == {"a": [1, 2]}
-    assert Path(whole / "model" / "heads.safetensors").exists()
+    broken()
+    assert sum(seen.values()) >= FUZZ and seen["refused"] > FUZZ / 4 and seen["read"], seen
