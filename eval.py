@@ -29,14 +29,16 @@ from vae import LatentReasoner, Noise
 
 
 def find_checkpoint(path):
-    """The newest complete checkpoint in `path`: itself, in a run's folder, or in the runs below it."""
+    """The newest complete checkpoint in `path`: itself, in a run's folder, or in the newest of the runs below it. Of a
+    run's checkpoints that of the latest step (a copied folder has its files' times in any order)."""
     path = Path(path)
     if (path / "train.json").is_file() and (path / "latent.json").is_file():
         return path
     found = [p.parent for p in (*path.glob("step-*/train.json"), *path.glob("*/step-*/train.json"))]
     if not found:
         raise FileNotFoundError(f"{path}: no checkpoint there (make one with `python train.py`, or name one)")
-    return max(found, key=lambda p: ((p / "train.json").stat().st_mtime, p.name))
+    newest = max(found, key=lambda p: (p / "train.json").stat().st_mtime)
+    return max((p for p in found if p.parent == newest.parent), key=lambda p: (len(p.name), p.name))
 
 
 def read_state(ckpt):

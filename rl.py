@@ -135,7 +135,8 @@ class LogProbs(nn.Module):
                     stop = stop_terms(thought.stop_logits, steps, rollout.stopped)
             else:
                 inputs = torch.cat((rollout.z.flatten(1, 2).to(text.dtype), text), dim=1)
-                h = policy.hidden(embeds=inputs, cache=cache, valid=torch.cat((used.repeat_interleave(c, 1), written), 1))
+                valid = torch.cat((used.repeat_interleave(c, dim=1), written), dim=1)
+                h = policy.hidden(embeds=inputs, cache=cache, valid=valid)
                 before, h = torch.cat((h0[:, None], h[:, :N * c]), dim=1)[:, :N * c], h[:, N * c:]
                 latent, stop = self.of_fixed(rollout, before, used)
         else:  # the first token is chosen at the end of the prefix

@@ -117,6 +117,20 @@ def test_a_run_does_not_replace_its_own_start(vae, data):
     assert find_checkpoint(vae / "vae")
 
 
+def test_newest_checkpoint(tmp_path):
+    """The newest run's, and in a run the latest step's: a folder that was copied has files of any age."""
+    def make(name, age):
+        (tmp_path / name).mkdir(parents=True)
+        for file in ("train.json", "latent.json"):
+            (tmp_path / name / file).touch()
+            os.utime(tmp_path / name / file, (age, age))
+    make("a/step-0000002", 5)
+    make("a/step-0000001", 9)
+    make("b/step-0000007", 8)
+    assert find_checkpoint(tmp_path) == tmp_path / "a/step-0000002"
+    assert find_checkpoint(tmp_path / "b") == tmp_path / "b/step-0000007"
+
+
 def test_all_stages_in_turn_and_resume(tmp_path, data, capsys, monkeypatch):
     """The default job, small: its table, and --resume after it was stopped before the RL stage."""
     import train as module
