@@ -84,7 +84,7 @@ class Config:
     clip: float = 1.0  # gradient norm
     beta_kl: float = 1e-3  # weight of the KL term
     # reinforcement learning
-    rl_lr: float = 2e-4  # peak learning rate
+    rl_lr: float = 5e-5  # peak learning rate
     rl_min_lr: float = 0.0  # the cosine ends at this share of the peak (1: constant)
     rl_warmup: int = 10  # steps of linear warm-up
     rl_iters: int = 400  # batches of questions (0: one epoch)
