@@ -2,6 +2,7 @@
 
     python tests/bench.py                                   all workloads (about 15 minutes on 2 cores)
     python tests/bench.py --workloads E T --json bench.json
+    python tests/bench.py --signal out/vae                  how much of RL's gradients there is signal (2 minutes)
 
 S   SmolLM2-135M's shape, batch 8, up to 4 steps of 2 latents (its real weights and tokenizer from --smollm2 DIR)
 T   a small LLaMA with a big vocabulary (256 wide, 4 layers, 49152 tokens), batch 32, up to 8 steps of 2 latents
@@ -36,9 +37,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data import Encoded, Tokenizer, builtin_tokenizer, encode_all, load  # noqa: E402
-from eval import evaluate, markdown  # noqa: E402
+from eval import evaluate, find_checkpoint, markdown, read_state  # noqa: E402
 from model import LLaMA, LLaMAConfig, write_json  # noqa: E402
-from rl import LogProbs  # noqa: E402
+from rl import LogProbs, advantages, score  # noqa: E402
 from train import (Config, Run, batch_indices, generator, make_optimizer, reuse_memory, rl_step,  # noqa: E402
                    supervised_step, update)
 from vae import END, METHODS, START, LatentConfig, LatentReasoner, Noise, remaining_text  # noqa: E402
@@ -290,6 +291,43 @@ def load_1b(folder, dtype):
     return out
 
 
+def signal(path, questions=512, group=8):
+    """Rows (gradient, term, norm, cosine) of two independent estimates of the policy gradient of a checkpoint, each
+    from questions x group rollouts of its training questions, rewarded as in training. No figure of speed."""
+    ckpt = find_checkpoint(path)
+    cfg = read_state(ckpt)["config"]
+    model, tokenizer = LatentReasoner.from_pretrained(ckpt), Tokenizer.from_pretrained(ckpt)
+    model.set_trainable("rl")
+    context = model.policy.config.max_position_embeddings
+    train, _ = encode_all(load(cfg["data"], "train", cfg["data_dir"]), tokenizer, context)
+    params = [p for p in model.parameters() if p.requires_grad]
+
+    def estimate(seed):
+        total = {}
+        for i in range(0, questions, 64):
+            part = [train[j] for j in batch_indices(seed, i // 64, len(train), 64)]
+            noise = Noise.draw(64 * group, model.config, model.policy.config.hidden_size, 16, generator(seed, i))
+            rollout = model.rollout([e.question for e in part], group, noise)
+            weights = cfg["w_acc"], cfg["w_fmt"], cfg["w_coh"]
+            result = score(model, rollout, [e.example for e in part], tokenizer, *weights)
+            a = advantages(result.reward, group)[:, None] / (questions * group)
+            for grad in ("score", "path"):
+                latent, stop, token = LogProbs(model, latent_grad=grad)(rollout)
+                for term, logp, n in (("answer", token, rollout.lengths), ("stop", stop, rollout.steps + 1),
+                                      ("latent", latent, rollout.steps * model.config.thoughts_per_step)):
+                    if logp is None:
+                        continue
+                    logp = logp.flatten(1)
+                    g = torch.autograd.grad((a * logp / n.clamp(min=1)[:, None]).sum(), params, retain_graph=True,
+                                            allow_unused=True)
+                    g = torch.cat([torch.zeros(p.numel()) if v is None else v.flatten() for v, p in zip(g, params)])
+                    total[grad, term] = total.get((grad, term), 0.0) + g
+        return total
+
+    one, two = estimate(1), estimate(2)
+    return [(*key, float(one[key].norm()), float(torch.cosine_similarity(one[key], two[key], dim=0))) for key in one]
+
+
 # --- one process a measurement, and the tables ---
 
 def worker(job, args):
@@ -354,6 +392,7 @@ def main():
     p.add_argument("--device", default="auto")
     p.add_argument("--compile", default="auto")
     p.add_argument("--threads", type=int, default=0)
+    p.add_argument("--signal", metavar="DIR", help="only this, of a checkpoint of --stage vae")
     p.add_argument("--json", metavar="FILE", help="write all figures there")
     p.add_argument("--worker", help=argparse.SUPPRESS)
     args = p.parse_args()
@@ -363,6 +402,10 @@ def main():
         if not args.worker.startswith("load1b"):  # its figures are of new memory
             reuse_memory()
         print(json.dumps(worker(args.worker, args)))
+        return
+    if args.signal:
+        print(markdown(["latent_grad", "term", "norm", "cosine"],
+                       [[grad, term, f"{norm:.3g}", f"{cos:.3f}"] for grad, term, norm, cos in signal(args.signal)]))
         return
     results = {}
     for w in args.workloads:
