@@ -12,7 +12,6 @@ import os
 import resource
 import signal
 from collections import Counter
-from pathlib import Path
 
 import naive
 import pytest
