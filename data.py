@@ -393,7 +393,7 @@ class Tokenizer:
             if self.special.get(name) == id:
                 continue
             try:
-                if type(id) is not int or name in self.special or id in self._bytes or id < 0:
+                if type(id) is not int or name in self.special or id in self._bytes or not 0 <= id < 2**24:
                     raise ValueError
                 self._add(name, id)
             except ValueError:  # an empty name, or one that is no Unicode
