@@ -526,14 +526,14 @@ def _read_tokenizer_json(raw: bytes, path: Path):
     try:
         model, added, pre = file["model"], file.get("added_tokens") or [], file.get("pre_tokenizer") or {}
         vocab, merges, ignore_merges = model.get("vocab"), model.get("merges"), bool(model.get("ignore_merges"))
-        check(model.get("type", "BPE") == "BPE", f"model.type is {model.get('type')}")
+        check(model.get("type", "BPE") == "BPE", f"model.type is {short(model.get('type'))}")
         check(isinstance(vocab, dict) and isinstance(merges, list), "model.vocab or model.merges is missing")
-        check(not file.get("normalizer"), f"normalizer is {(file.get('normalizer') or {}).get('type')}")
+        check(not file.get("normalizer"), f"normalizer is {short((file.get('normalizer') or {}).get('type'))}")
         for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-            check(not model.get(key), f"model.{key} is {model.get(key)!r}")
+            check(not model.get(key), f"model.{key} is {short(model.get(key))}")
         for token in added:
             for key in ("lstrip", "rstrip", "single_word"):
-                check(not token.get(key), f"added token {token['content']!r} has {key}")
+                check(not token.get(key), f"added token {short(token['content'])} has {key}")
         special = {token["content"]: token["id"] for token in added}
         pattern = _pattern(pre.get("pretokenizers", [pre]), check)
         merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
@@ -544,11 +544,13 @@ def _read_tokenizer_json(raw: bytes, path: Path):
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{path}: not a byte-level tokenizer.json ({type(error).__name__}: {error})") from None
     all_ids = [*tokens.values(), *special.values()]
-    check(all(type(i) is int and i >= 0 for i in all_ids) and len(set(all_ids)) == len(all_ids), "ids are no integers or doubled")
+    check(all(type(i) is int and 0 <= i < 2**24 for i in all_ids) and len(set(all_ids)) == len(all_ids),
+          "ids are no integers below 2**24, or doubled")
     check(all(vocab.get(name, i) == i for name, i in special.items()), "added_tokens and model.vocab disagree on an id")
+    check(all(isinstance(name, str) for name in special), "an added token is no text")
     check("" not in special and b"" not in tokens, "a token is empty")
     for a, b in merges:
-        check(a in tokens and b in tokens and a + b in tokens, f"merge {a!r} {b!r} is of or makes no token")
+        check(a in tokens and b in tokens and a + b in tokens, f"merge {short(a)} {short(b)} is of or makes no token")
     ranks = _ranks(tokens, merges, ignore_merges, check)
     return ranks, [tokens.get(token, -1) for token in ranks], special, pattern
 
@@ -556,7 +558,7 @@ def _read_tokenizer_json(raw: bytes, path: Path):
 def _pattern(pre: list[dict], check) -> str:
     """The one regex that cuts text as the listed pre-tokenizers do one after another."""
     kinds, last = [p.get("type") for p in pre], pre[-1]
-    check(kinds[-1] == "ByteLevel", f"pre_tokenizer is {' + '.join(map(str, kinds))}")
+    check(kinds[-1] == "ByteLevel", f"pre_tokenizer is {' + '.join(map(short, kinds))}")
     check(last.get("add_prefix_space") is False, "pre_tokenizer ByteLevel has add_prefix_space")
     if last.get("use_regex", True):
         if kinds == ["ByteLevel"]:
@@ -566,7 +568,7 @@ def _pattern(pre: list[dict], check) -> str:
     elif kinds == ["Split", "ByteLevel"] and pre[0].get("behavior") == "Isolated" and not pre[0].get("invert"):
         check("Regex" in pre[0]["pattern"], "pre_tokenizer Split has no Regex")
         return pre[0]["pattern"]["Regex"] + r"|(?s:.)"  # tiktoken would drop what the pattern does not match
-    check(False, f"pre_tokenizer is {' + '.join(kinds)} with options {json.dumps(pre)[:200]}")
+    check(False, f"pre_tokenizer is {' + '.join(map(short, kinds))} with options {json.dumps(pre)[:200]}")
 
 
 def _merge(word: bytes, ranks: dict[bytes, int]) -> list[bytes]:
