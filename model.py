@@ -606,8 +606,9 @@ def tensor_index(path):
             raise ValueError(f"{table}: key 'weight_map' must map tensor names to file names")
         for shard in weight_map.values():
             # the name comes from a file: it must not lead out of the directory
-            if "/" in shard or "\\" in shard or "\0" in shard or shard in ("", ".", ".."):
-                raise ValueError(f"{table}: shard name {shard!r} is not a plain file name in this directory")
+            odd = "/" in shard or "\\" in shard or not shard.isprintable() or shard in ("", ".", "..")
+            if odd or len(shard) > 255:
+                raise ValueError(f"{table}: shard name {short(shard)} is not a plain file name in this directory")
         files = {shard: path / shard for shard in sorted(set(weight_map.values()))}
     else:
         raise FileNotFoundError(f"{path}: neither model.safetensors nor model.safetensors.index.json is there")
