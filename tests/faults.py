@@ -259,7 +259,7 @@ def main():
             curriculum = ["--cot_epochs", "0.1", "--epochs_per_stage", "0.01", "--final_epochs", "1"]
             finish(start("--stage", "vae", *SMALL, "--max_iters", 100, "--out_dir", tmp / "soak_start"))
             for stage in args.stages:
-                own = curriculum if stage == "vae" else ["--init", tmp / "soak_start" / "vae"]
+                own = curriculum if stage == "vae" else ["--init", tmp / "soak_start" / "vae", "--rl_iters", args.soak]
                 good.append(soak(stage, ["--stage", stage, *SMALL, *own], tmp / "soak", args.soak))
     return 0 if all(good) else 1
 

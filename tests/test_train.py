@@ -12,7 +12,7 @@ import torch
 from data import load
 from eval import find_checkpoint, run_main
 from eval import main as evaluate
-from faults import differences
+from faults import differences, finish, start
 from safetensors.torch import load_file
 from train import Config, batch_indices, check, curriculum, parse, resolve
 from train import main as train
@@ -41,12 +41,6 @@ def assert_same(a, b, exact=False):
         torch.testing.assert_close(a[k], b[k], msg=lambda m: f"{k}: {m}", **(dict(atol=0, rtol=0) if exact else dict(atol=2e-5, rtol=1e-3)))
 
 
-def torchrun(n, *args, check=True):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", "--master_addr=127.0.0.1",
-                           f"--master_port={20000 + os.getpid() % 20000}", str(ROOT / "train.py"), *args],
-                          check=check, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
 def test_rl_moves_all_but_the_decoder(warm, rl):
     before, after = weights(warm, "vae"), weights(rl, "rl")
     moved = {k.split(":")[0] + ("" if "heads" not in k else k.split(":")[1].split(".")[0]) for k in before
@@ -58,7 +52,7 @@ def test_rl_moves_all_but_the_decoder(warm, rl):
 def test_two_processes_equal_one(tmp_path, vae, warm, rl, data, stage):
     """Same global batch, same rollouts: the same parameters and optimizer state after several steps."""
     flags = ["--max_iters", "8"] if stage == "vae" else ["--max_iters", "3", "--init", str(warm)]
-    torchrun(2, *command(tmp_path, data, *flags, stage=stage))
+    finish(start(*command(tmp_path, data, *flags, stage=stage), processes=2))
     assert_same(weights(tmp_path, stage), weights(vae if stage == "vae" else rl, stage))
 
 
