@@ -205,10 +205,6 @@ class Group:
         return {r.seed: (r.benchmarks[benchmark] if benchmark else r.mean)[figure] for r in self.results}
 
 
-def unique(items):
-    return list(dict.fromkeys(items))
-
-
 def checkpoints(path):
     """The newest checkpoint of every run in `path`: a checkpoint, a run's folder, or a folder of runs."""
     path = Path(path)
@@ -326,6 +322,10 @@ def plot(file, groups):
     except ValueError as e:  # a name that ends in no known format
         raise ValueError(f"--plot {file}: {e}") from None
     plt.close(fig)
+
+
+# --- the command line ---
+
 def first_to_say(text):
     """Whether this process is the one of torchrun's to print an error. Before the processes are joined an error lies
     in what all processes of a machine share, the command line and the files; after, the first that has it says it."""
@@ -385,10 +385,11 @@ def main(argv=None):
         raise ValueError("--batch_size and --max_tokens must be at least 1")
     if args.plot:
         pyplot()  # before the work
-    paths = [c for path in args.compare for c in checkpoints(path)] if args.compare else [find_checkpoint(args.ckpt)]
+    named = [c for path in args.compare or () for c in checkpoints(path)] or [find_checkpoint(args.ckpt)]
+    paths = list(dict.fromkeys(named))  # a run may be named twice
     sets = [(name, load(name, args.split, args.data_dir)) for name in args.data]  # a wrong name before the work
     if args.compare:
-        groups = grouped([Result(c, read_state(c), *measure(c, sets, args)) for c in unique(paths)])
+        groups = grouped([Result(c, read_state(c), *measure(c, sets, args)) for c in paths])
         baseline = groups[0]
         if args.baseline:
             wanted = set(checkpoints(args.baseline))

@@ -65,6 +65,7 @@ class LLaMAConfig:
             value = getattr(self, name)
             if not positive(value):
                 raise ValueError(f"{name} must be a positive number, not {short(value)}")
+            setattr(self, name, float(value))  # JSON's integers may be larger than a tensor's
         if not isinstance(self.tie_word_embeddings, bool):
             raise ValueError(f"tie_word_embeddings must be true or false, not {short(self.tie_word_embeddings)}")
         if self.bos_token_id is not None and type(self.bos_token_id) is not int:
@@ -137,11 +138,11 @@ def rope_frequencies(config):
     Llama-3 scaling (as in Meta's llama-models): wavelengths longer than the original context
     / low_freq_factor are stretched by `factor`, those shorter than context / high_freq_factor are kept,
     those between are interpolated."""
-    freq = float(config.rope_theta) ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+    freq = config.rope_theta ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)
     s = config.rope_scaling
     if s is None:
         return freq
-    # as floats: JSON's integers may be larger than a tensor's
+    # as floats, like rope_theta
     low, high, factor, context = (float(s[key]) for key in (
         "low_freq_factor", "high_freq_factor", "factor", "original_max_position_embeddings"))
     turns = context * freq / (2 * math.pi)  # rotations within the old context
@@ -370,9 +371,9 @@ def apply(linear, x, held):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, float(config.rms_norm_eps))
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, float(config.rms_norm_eps))
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x, rows, rope, past=None, bias=None, held=None):
@@ -391,7 +392,7 @@ class LLaMA(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, float(config.rms_norm_eps))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -293,7 +293,8 @@ def load_1b(folder, dtype):
 
 def signal(path, questions=512, group=8):
     """Rows (gradient, term, norm, cosine) of two independent estimates of the policy gradient of a checkpoint, each
-    from questions x group rollouts of its training questions, rewarded as in training. No figure of speed."""
+    from questions x group rollouts of its training questions, rewarded as in training, advantages divided by the group's
+    deviation. No figure of speed."""
     ckpt = find_checkpoint(path)
     cfg = read_state(ckpt)["config"]
     model, tokenizer = LatentReasoner.from_pretrained(ckpt), Tokenizer.from_pretrained(ckpt)
