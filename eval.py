@@ -162,6 +162,9 @@ def measure(ckpt, sets, args):
 # settings that do not make two runs two experiments: the seed, names of files, and how a run is carried out
 ASIDE = {"seed", "stage", "init", "out_dir", "data_dir", "resume", "baseline", "micro_batch", "device", "compile",
          "threads", "activation_checkpointing", "eval_every", "eval_size", "log_every", "save_every", "keep"}
+# those that mean nothing to a supervised run
+PLANNING = {"rl_lr", "rl_min_lr", "rl_warmup", "rl_iters", "questions_per_step", "group", "minibatch", "w_acc", "w_fmt",
+            "w_coh", "ratio_clip", "std_norm", "latent_grad", "latent_coef", "latent_mean", "temperature", "max_answer"}
 
 
 @dataclass
@@ -186,8 +189,17 @@ class Result:
         return mean_figures(list(self.benchmarks.items()))
 
     @property
+    def planned(self):
+        return self.state.get("stage") == "rl"
+
+    @property
     def kind(self):
-        return self.config["method"] + (" + rl" if self.state.get("stage") == "rl" else "")
+        return self.config["method"] + (" + rl" if self.planned else "")
+
+    @property
+    def settings(self):
+        """What makes the run the experiment that it is."""
+        return {k: v for k, v in self.config.items() if k not in ASIDE and (self.planned or k not in PLANNING)}
 
     def summary(self):
         return {"checkpoint": str(self.ckpt), "config": self.config, "benchmarks": self.benchmarks}
@@ -213,22 +225,20 @@ def checkpoints(path):
 
 
 def grouped(results):
-    """Groups of Results in the order of their first ones; the label is the method and what sets it apart from groups of
-    the same method. ValueError where a configuration has a seed twice."""
+    """Groups of Results in the order of their first ones. The label is the method, and what sets a group apart from the
+    first one of that method. ValueError where a configuration has a seed twice."""
     groups = {}
     for r in results:
-        settings = {k: v for k, v in r.config.items() if k not in ASIDE}
-        same = groups.setdefault((r.kind, json.dumps(settings, sort_keys=True)), [])
+        same = groups.setdefault((r.kind, json.dumps(r.settings, sort_keys=True)), [])
         twice = [o.ckpt for o in same if o.seed == r.seed]
         if twice:
             raise ValueError(f"{twice[0]} and {r.ckpt} are runs of one configuration and one seed: name one of them")
         same.append(r)
-    out = []
-    for (kind, _), same in groups.items():
-        rivals = [g[0].config for (k, _), g in groups.items() if k == kind]
-        config = same[0].config
-        apart = [f"{k} {v}" for k, v in config.items() if k not in ASIDE and any(c.get(k) != v for c in rivals)]
-        out.append(Group(", ".join([kind, *apart]), same))
+    out, plain = [], {}
+    for same in groups.values():
+        kind, settings = same[0].kind, same[0].settings
+        usual = plain.setdefault(kind, settings)
+        out.append(Group(", ".join([kind, *(f"{k} {v}" for k, v in settings.items() if v != usual.get(k))]), same))
     return out
 
 
@@ -295,7 +305,7 @@ def plot(file, groups):
     """Accuracy against tokens (mean over the sets and seeds, bars of a standard deviation), and what metrics.jsonl has
     of the RL runs, a line a seed."""
     plt = pyplot()
-    planned = [g for g in groups if g.results[0].state.get("stage") == "rl"]
+    planned = [g for g in groups if g.results[0].planned]
     panels = 1 + (len(CURVES) if planned else 0)
     fig, axes = plt.subplots(-(-panels // 3), min(panels, 3), figsize=(4.2 * min(panels, 3), 3.2 * -(-panels // 3)),
                              squeeze=False, layout="constrained")

@@ -545,13 +545,13 @@ class LLaMA(nn.Module):
                 raise ValueError(f"{path}: tensor {name} is missing")
             file, shape, kind, _ = index[name]
             if shape != tuple(p.shape):
-                raise ValueError(f"{file}: tensor {name} has shape {shape}, config.json says {tuple(p.shape)}")
+                raise ValueError(f"{file}: tensor {name} has shape {short(shape)}, config.json says {tuple(p.shape)}")
             if kind not in FLOATS:
                 raise ValueError(f"{file}: tensor {name} has dtype {kind}, not a plain float")
         # a tied checkpoint may hold the output matrix twice; old ones hold rotary tables
         spare = {n for n in index.keys() - wanted.keys() if n != "lm_head.weight" and "rotary_emb" not in n}
         if spare:
-            raise ValueError(f"{index[min(spare)][0]}: tensor {min(spare)!r} is not part of this architecture")
+            raise ValueError(f"{index[min(spare)][0]}: tensor {short(min(spare))} is not part of this architecture")
         model = model.to(dtype).to_empty(device=device)
         for name, out in model.disk_parts().items():
             file, _, kind, start = index[name]
@@ -621,7 +621,7 @@ def tensor_index(path):
     if None not in files:
         for name, shard in weight_map.items():
             if name not in index:
-                raise ValueError(f"{files[shard]}: tensor {name!r} is not in it, though {table.name} says so")
+                raise ValueError(f"{files[shard]}: tensor {short(name)} is not in it, though {table.name} says so")
     return index
 
 
@@ -636,7 +636,8 @@ def tensor_headers(file):
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: no such file") from None
     except (SafetensorError, OSError) as e:
-        raise ValueError(f"{file}: not a readable safetensors file ({e})") from None
+        said = str(e).encode("unicode_escape").decode()[:300]  # it quotes the file
+        raise ValueError(f"{file}: not a readable safetensors file ({said})") from None
     header.pop("__metadata__", None)
     return {name: (tuple(e["shape"]), e["dtype"], 8 + size + e["data_offsets"][0]) for name, e in header.items()}
 

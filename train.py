@@ -197,6 +197,9 @@ def check(cfg):
                          f"divisor of --group {cfg.group}: an optimizer step takes as many rollouts of every question")
     if cfg.temperature <= 0:
         raise ValueError("--temperature must be positive")
+    if cfg.thoughts_per_step * cfg.max_steps >= cfg.context:
+        raise ValueError(f"--thoughts_per_step {cfg.thoughts_per_step} times --max_steps {cfg.max_steps}: no room in "
+                         f"--context {cfg.context}")
 
 
 # --- set-up ---

@@ -326,8 +326,11 @@ class LatentReasoner(nn.Module):
     """Policy, latent head, stop head and decoder. forward(Batch) gives the parts of the supervised loss."""
 
     def __init__(self, policy, config, decoder=None):
-        """decoder: default, if config.decode asks for one, a copy of the policy."""
+        """decoder: default, if config.decode asks for one, a copy of the policy. ValueError: the plan has no room."""
         super().__init__()
+        latents, context = config.thoughts_per_step * config.max_steps, policy.config.max_position_embeddings
+        if config.latent and latents >= context:
+            raise ValueError(f"thoughts_per_step times max_steps is {latents}: no room in a context of {context} positions")
         self.config = config
         self.policy = policy
         d = policy.config.hidden_size
@@ -519,7 +522,10 @@ class LatentReasoner(nn.Module):
         if not all(0 <= i < policy.config.vocab_size for i in (config.start_id, config.end_id, config.eos_id)):
             raise ValueError(f"{file}: a token id is outside the vocabulary")
         decoder = LLaMA.from_pretrained(path / "decoder", dtype, device) if config.decode else None
-        model = cls(policy, config, decoder).to(device)
+        try:
+            model = cls(policy, config, decoder).to(device)
+        except ValueError as e:
+            raise ValueError(f"{file}: {e}") from None
         file = path / "heads.safetensors"
         own = {n: p for n, p in model.state_dict().items() if not n.startswith(("policy.", "decoder."))}
         if own:

@@ -1,5 +1,6 @@
 """Runs compared: groups over seeds, paired differences, the table, the picture."""
 
+import dataclasses
 import json
 import statistics
 import sys
@@ -7,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from eval import Result, checkpoints, comparison, difference, grouped, main
+from eval import ASIDE, PLANNING, Result, checkpoints, comparison, difference, grouped, main
 from test_train import SMALL
+from train import Config
 from train import main as train
 
 
@@ -29,9 +31,16 @@ def rows(n, *right):
 def test_runs_are_grouped_by_configuration_and_labelled_by_what_differs():
     groups = grouped([result("a", 0, rows(4, 1, 2)), result("b", 0, rows(4, 1, 2), stage="rl"),
                       result("c", 1, rows(4, 1, 2)), result("d", 0, rows(4, 1, 2), stage="rl", w_coh=0.0),
-                      result("e", 0, rows(4, 1, 2), method="simcot")])
+                      result("e", 0, rows(4, 1, 2), method="simcot"), result("f", 0, rows(4, 1, 2), vae="no"),
+                      result("g", 2, rows(4, 1, 2), w_coh=0.0)])
     assert [(g.label, [str(r.ckpt) for r in g.results]) for g in groups] == [
-        ("atp", ["a", "c"]), ("atp + rl, w_coh 0.1", ["b"]), ("atp + rl, w_coh 0.0", ["d"]), ("simcot", ["e"])]
+        ("atp", ["a", "c", "g"]), ("atp + rl", ["b"]), ("atp + rl, w_coh 0.0", ["d"]), ("simcot", ["e"]),
+        ("atp, vae no", ["f"])]
+
+
+def test_what_is_set_aside_is_named_as_in_config():
+    names = [f.name for f in dataclasses.fields(Config)]
+    assert PLANNING == set(names[names.index("rl_lr"):names.index("eval_every")]) and ASIDE < set(names) - PLANNING
 
 
 def test_one_seed_twice_is_refused():
