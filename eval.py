@@ -56,7 +56,8 @@ def token_limit(model, longest):
 
 
 @torch.no_grad()
-def evaluate(model, tokenizer, encoded, batch_size=128, samples=0, seed=0, max_tokens=160, progress=None):
+def evaluate(model, tokenizer, encoded, batch_size=128, samples=0, seed=0, max_tokens=160, temperature=1.0,
+             progress=None):
     """Figures of a list of data.Encoded questions (a dict of numbers), and what became of each (a list of dicts).
 
     accuracy, coherence: 0 to 1; tokens: latents used + answer tokens without <eos>, mean per question; pass@j: unbiased
@@ -92,7 +93,7 @@ def evaluate(model, tokenizer, encoded, batch_size=128, samples=0, seed=0, max_t
         batch = [encoded[i] for i in part]
         generator = torch.Generator().manual_seed(seed * 1_000_003 + part[0])
         noise = Noise.draw(len(batch) * samples, config, model.policy.config.hidden_size, limit, generator)
-        rollout = model.rollout([e.question for e in batch], samples, noise, limit)
+        rollout = model.rollout([e.question for e in batch], samples, noise, limit, temperature)
         texts, _ = answer_texts(rollout, tokenizer, config.eos_id)
         for j, e in enumerate(batch):
             mine = texts[j * samples:(j + 1) * samples]
@@ -153,7 +154,7 @@ def measure(ckpt, sets, args):
             print(f"{name}: {skipped} questions are longer than the context and were left out", file=sys.stderr)
         with tqdm(total=len(encoded) * (2 if args.samples else 1), desc=name, disable=None, leave=False) as bar:
             benchmarks[name], answered[name] = evaluate(model, tokenizer, encoded, args.batch_size, args.samples,
-                                                        args.seed, args.max_tokens, bar)
+                                                        args.seed, args.max_tokens, args.temperature, bar)
     return benchmarks, answered
 
 
@@ -374,6 +375,8 @@ def main(argv=None):
     p.add_argument("--split", default="test", choices=("train", "valid", "test"), help="split of each set (test)")
     p.add_argument("--limit", type=int, default=0, help="only the first N questions of each set (0: all)")
     p.add_argument("--samples", type=int, default=0, help="k sampled rollouts a question: adds pass@k and maj@k (0)")
+    p.add_argument("--temperature", type=float, default=1.0, help="of the answer tokens of samples; 0: only latents and "
+                   "stops are sampled (1)")
     p.add_argument("--batch_size", type=int, default=128, help="rollouts in one pass (128)")
     p.add_argument("--max_tokens", type=int, default=160, help="longest written chain of thought, text methods (160)")
     p.add_argument("--explain", type=int, default=0, help="print N questions of each set with the plan in words (0)")
@@ -391,6 +394,8 @@ def main(argv=None):
     for name in ("limit", "samples", "explain"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name} must not be negative")
+    if not 0 <= args.temperature < math.inf:
+        raise ValueError("--temperature must not be negative")
     if args.batch_size < 1 or args.max_tokens < 1:
         raise ValueError("--batch_size and --max_tokens must be at least 1")
     if args.plot:

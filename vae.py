@@ -448,7 +448,8 @@ class LatentReasoner(nn.Module):
     def rollout(self, questions, group=1, noise=None, max_tokens=16, temperature=1.0):
         """Answer each question (lists of ids as in data.Encoded) `group` times, batched and KV-cached; the question
         is read once for its whole group. noise: a Noise for Q x group rows; None: greedy (z = mu, stop where
-        p(stop) > 1/2, argmax; paper, section 4). Text methods write their chain of thought: raise max_tokens."""
+        p(stop) > 1/2, argmax; paper, section 4). temperature: of sampled answer tokens, 0: argmax. Text methods write
+        their chain of thought: raise max_tokens."""
         device = self.policy.embed_tokens.weight.device
         start = [self.config.start_id] if self.config.latent else []
         prefix, valid = (t.to(device) for t in pad([q + start for q in questions]))
@@ -465,7 +466,7 @@ class LatentReasoner(nn.Module):
             none = torch.zeros(B, dtype=torch.long, device=device)
             t = Thought(h.new_zeros(B, 0, c, h.shape[1]), None, None, none, None, None, none.bool())
         tokens, lengths, token_logp = generate(self.policy, h, cache, self.config.eos_id, max_tokens,
-                                               noise and noise.answer, temperature)
+                                               noise.answer if noise and temperature else None, temperature)
         used = first(t.steps, t.z.shape[1])
         latent_logp = stop_logp = None
         sigma = 0.0

@@ -125,3 +125,15 @@ def test_plot(runs, tmp_path, capsys):
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="--plot .*x.zzz"):
         main([*args, str(tmp_path / "x.zzz")])
+
+
+def test_samples_at_temperature_0_differ_by_their_latents_alone(runs, tmp_path):
+    """Nothing is sampled in a method that has no VAE and no stop head."""
+    data = ["--data", str(runs / "questions.txt"), "--samples", "4", "--json", str(tmp_path / "x.json")]
+    flags = [*SMALL, "--data", str(runs / "questions.txt"), "--out_dir", str(tmp_path), "--stage", "vae", "--max_iters", "30"]
+    train([*flags, "--method", "simcot", "--cot_epochs", "0"])
+    main(["--ckpt", str(tmp_path), *data, "--temperature", "0"])
+    [figures] = json.loads((tmp_path / "x.json").read_text())["benchmarks"].values()
+    assert figures["pass@1"] == figures["pass@4"] == figures["maj@4"] == figures["accuracy"]
+    with pytest.raises(ValueError, match="--temperature"):
+        main(["--ckpt", str(tmp_path), "--temperature", "-1"])
