@@ -304,28 +304,33 @@ CURVES = ("reward", "accuracy", "coherence", "latents", "sigma", "ratio_max", "c
 
 def plot(file, groups):
     """Accuracy against tokens (mean over the sets and seeds, bars of a standard deviation), and what metrics.jsonl has
-    of the RL runs, a line a seed."""
+    of the RL runs: a thin line a seed, a thick one for their mean, smoothed over 5 lines."""
     plt = pyplot()
     planned = [g for g in groups if g.results[0].planned]
     panels = 1 + (len(CURVES) if planned else 0)
-    fig, axes = plt.subplots(-(-panels // 3), min(panels, 3), figsize=(4.2 * min(panels, 3), 3.2 * -(-panels // 3)),
+    fig, axes = plt.subplots(-(-panels // 3), min(panels, 3), figsize=(4.2 * min(panels, 3), 2.8 * -(-panels // 3) + 1),
                              squeeze=False, layout="constrained")
     axes = list(axes.flat)
-    colors = {g.label: f"C{i % 10}" for i, g in enumerate(groups)}
-    for g in groups:
+    for i, g in enumerate(groups):
         x, y = (list(g.values(k).values()) for k in ("tokens", "accuracy"))
         bar = lambda v: statistics.stdev(v) if len(v) > 1 else 0
-        axes[0].errorbar(statistics.mean(x), statistics.mean(y), bar(y), bar(x), "o", color=colors[g.label],
-                         label=g.label)
-    axes[0].set(xlabel="tokens an answer", ylabel="accuracy")
-    axes[0].legend(fontsize="small")
+        axes[0].errorbar(statistics.mean(x), statistics.mean(y), bar(y), bar(x), "o", color=f"C{i % 10}", label=g.label)
+    axes[0].set(xlabel="tokens an answer", title="accuracy")
+    fig.legend(loc="outside lower center", ncols=2, fontsize="small")
     for axis, name in zip(axes[1:], CURVES if planned else ()):
         for g in planned:
+            color, steps = f"C{groups.index(g) % 10}", {}
             for r in g.results:
                 lines = [json.loads(line) for line in (r.ckpt.parent / "metrics.jsonl").read_text().splitlines()]
-                lines = [line for line in lines if name in line]
-                axis.plot([x["step"] for x in lines], [x[name] for x in lines], color=colors[g.label], alpha=0.7)
+                lines = [(line["step"], line[name]) for line in lines if name in line]
+                axis.plot(*zip(*lines), color=color, alpha=0.2, linewidth=0.8)
+                for step, value in lines:
+                    steps.setdefault(step, []).append(value)
+            mean = [statistics.mean(v) for _, v in sorted(steps.items())]
+            smooth = [statistics.mean(mean[max(0, j - 2):j + 3]) for j in range(len(mean))]
+            axis.plot(sorted(steps), smooth, color=color)
         axis.set(xlabel="RL step", title=name)
+        axis.ticklabel_format(useOffset=False)
     for axis in axes[panels:]:
         axis.remove()
     try:
