@@ -322,8 +322,8 @@ class Attention(nn.Module):
         """x (N, d) -> y (N, d), (k, v). `past`: None for a causal pass over a prefix, which gives k, v (N, KV, D),
         else (prefix_k, prefix_v, tail_k, tail_v, columns of the tail in use), which gives the longer tail."""
         B, T, H, KV, D = rows.B, rows.T, self.heads, self.kv_heads, self.head_dim
-        qkv = apply(self.qkv_proj, x, held).unflatten(1, (H + 2 * KV, D))
-        qk, v = rotate(qkv[:, :H + KV], *rope), qkv[:, H + KV:]
+        qk, v = apply(self.qkv_proj, x, held).unflatten(1, (H + 2 * KV, D)).split((H + KV, KV), dim=1)
+        qk = rotate(qk, *rope)
         if past is None:
             kv, y = (qk[:, H:], v), []
             for place, part in rows.parts:
@@ -347,7 +347,8 @@ class Attention(nn.Module):
             to_tail = q.view(Q, KV, G, R * T, D) @ k.transpose(-1, -2)
             p = (torch.cat((to_prefix, to_tail), dim=-1).view(Q, KV, G, R, T, -1) + bias).flatten(3, 4)
             p = p.softmax(dim=-1, dtype=torch.promote_types(p.dtype, torch.float32)).to(v.dtype)
-            y = p[..., S:] @ v + (p[..., :S].reshape(Q, KV, G * R * T, S) @ prefix_v).view(Q, KV, G, R * T, D)
+            to_prefix, to_tail = p.split((S, k.shape[3]), dim=-1)
+            y = to_tail @ v + (to_prefix.reshape(Q, KV, G * R * T, S) @ prefix_v).view(Q, KV, G, R * T, D)
             y = rows.pack(y.view(Q, KV, G, R, T, D).permute(0, 2, 4, 1, 3, 5).reshape(B, T, H * D))
         return apply(self.o_proj, y.flatten(1), held), kv
 
