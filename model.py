@@ -552,7 +552,7 @@ class LLaMA(nn.Module):
         # a tied checkpoint may hold the output matrix twice; old ones hold rotary tables
         spare = {n for n in index.keys() - wanted.keys() if n != "lm_head.weight" and "rotary_emb" not in n}
         if spare:
-            raise ValueError(f"{index[min(spare)][0]}: tensor {short(min(spare))} is not part of this architecture")
+            raise ValueError(f"{index[min(spare)][0]}: tensor {repr(min(spare))[:200]} is not part of this architecture")
         model = model.to(dtype).to_empty(device=device)
         for name, out in model.disk_parts().items():
             file, _, kind, start = index[name]
@@ -622,7 +622,7 @@ def tensor_index(path):
     if None not in files:
         for name, shard in weight_map.items():
             if name not in index:
-                raise ValueError(f"{files[shard]}: tensor {short(name)} is not in it, though {table.name} says so")
+                raise ValueError(f"{files[shard]}: tensor {repr(name)[:200]} is not in it, though {table.name} says so")
     return index
 
 
