@@ -334,7 +334,7 @@ def plot(file, groups):
     for axis in axes[panels:]:
         axis.remove()
     try:
-        fig.savefig(file, dpi=120)
+        fig.savefig(file, dpi=90)
     except ValueError as e:  # a name that ends in no known format
         raise ValueError(f"--plot {file}: {e}") from None
     plt.close(fig)

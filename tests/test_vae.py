@@ -227,8 +227,8 @@ def test_checkpoint_round_trip(tmp_path):
 
 
 @pytest.mark.parametrize("change", (
-    {"max_steps": None}, {"max_steps": 0}, {"max_steps": 10**9}, {"method": "magic"}, {"vae": 1}, {"start_id": 10**9}, {"end_id": -1},
-    {"unknown": 1}, "a list", "missing"), ids=str)
+    {"max_steps": None}, {"max_steps": 0}, {"max_steps": 10**9}, {"method": "magic"}, {"vae": 1}, {"start_id": 10**9},
+    {"end_id": -1}, {"unknown": 1}, "a list", "missing"), ids=str)
 def test_hostile_latent_json(tmp_path, change):
     naive.tiny().save_pretrained(tmp_path)
     file = tmp_path / "latent.json"
