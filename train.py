@@ -221,10 +221,14 @@ class Run:
         self.signal = 0  # number of a signal that asks the run to stop
 
     def log(self, **values):
-        """Append one line to metrics.jsonl."""
+        """Append one line to metrics.jsonl. OSError where it cannot be written."""
         if self.main:
-            with open(self.dir / "metrics.jsonl", "a", encoding="utf-8") as f:
-                f.write(json.dumps(values) + "\n")
+            file = self.dir / "metrics.jsonl"
+            try:
+                with open(file, "a", encoding="utf-8") as f:
+                    f.write(json.dumps(values) + "\n")
+            except OSError as e:
+                raise OSError(f"{file} could not be written ({e.strerror or e}); earlier checkpoints stand") from None
 
     def say(self, text):
         if self.main:

@@ -14,7 +14,7 @@ from eval import find_checkpoint, run_main
 from eval import main as evaluate
 from faults import differences, finish, start
 from safetensors.torch import load_file
-from train import Config, batch_indices, check, curriculum, parse, resolve
+from train import Config, Run, batch_indices, check, curriculum, parse, resolve
 from train import main as train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -296,3 +296,16 @@ def test_a_full_disk_is_one_line_and_earlier_checkpoints_stand(tmp_path, data, b
     assert [p.name for p in (tmp_path / "vae").iterdir()].count("step-0000001") == 1
     assert not list((tmp_path / "vae").glob(".tmp-*"))
     assert find_checkpoint(tmp_path / "vae").name == "step-0000001"
+
+
+@pytest.mark.parametrize("broken", ("disk", "folder"))
+def test_metrics_that_cannot_be_written_are_one_line(tmp_path, broken, capsys):
+    """A full disk says so only when the file is closed; a folder that somebody removed, when it is opened."""
+    run = Run(Config(out_dir=str(tmp_path)), "vae")
+    if broken == "disk":
+        run.dir.mkdir()
+        (run.dir / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(SystemExit) as e:
+        run_main(lambda: run.log(step=1))
+    err = capsys.readouterr().err
+    assert e.value.code == 1 and "metrics.jsonl could not be written (No s" in err and err.count("\n") == 1
