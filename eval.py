@@ -306,7 +306,8 @@ def plot(file, groups):
     """Accuracy against tokens (mean over the sets and seeds, bars of a standard deviation), and what metrics.jsonl has
     of the RL runs: a thin line a seed, a thick one for their mean, smoothed over 5 lines."""
     plt = pyplot()
-    planned = [g for g in groups if g.results[0].planned]
+    read = lambda r: [json.loads(line) for line in (r.ckpt.parent / "metrics.jsonl").read_text().splitlines()]
+    planned = [(f"C{i % 10}", [read(r) for r in g.results]) for i, g in enumerate(groups) if g.results[0].planned]
     panels = 1 + (len(CURVES) if planned else 0)
     fig, axes = plt.subplots(-(-panels // 3), min(panels, 3), figsize=(4.2 * min(panels, 3), 2.8 * -(-panels // 3) + 1),
                              squeeze=False, layout="constrained")
@@ -318,13 +319,12 @@ def plot(file, groups):
     axes[0].set(xlabel="tokens an answer", title="accuracy")
     fig.legend(loc="outside lower center", ncols=2, fontsize="small")
     for axis, name in zip(axes[1:], CURVES if planned else ()):
-        for g in planned:
-            color, steps = f"C{groups.index(g) % 10}", {}
-            for r in g.results:
-                lines = [json.loads(line) for line in (r.ckpt.parent / "metrics.jsonl").read_text().splitlines()]
-                lines = [(line["step"], line[name]) for line in lines if name in line]
-                axis.plot(*zip(*lines), color=color, alpha=0.2, linewidth=0.8)
-                for step, value in lines:
+        for color, runs in planned:
+            steps = {}
+            for run in runs:
+                points = [(line["step"], line[name]) for line in run if name in line]
+                axis.plot(*zip(*points), color=color, alpha=0.2, linewidth=0.8)
+                for step, value in points:
                     steps.setdefault(step, []).append(value)
             mean = [statistics.mean(v) for _, v in sorted(steps.items())]
             smooth = [statistics.mean(mean[max(0, j - 2):j + 3]) for j in range(len(mean))]

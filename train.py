@@ -228,7 +228,7 @@ class Run:
                 with open(file, "a", encoding="utf-8") as f:
                     f.write(json.dumps(values) + "\n")
             except OSError as e:
-                raise OSError(f"{file} could not be written ({e.strerror or e}); earlier checkpoints stand") from None
+                raise unwritten(file, e) from None
 
     def say(self, text):
         if self.main:
@@ -299,6 +299,10 @@ class Run:
         if self.world == 1:
             return module
         return DDP(module, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+
+def unwritten(path, error):
+    return OSError(f"{path} could not be written ({error.strerror or error}); earlier checkpoints stand")
 
 
 def device_of(cfg):
@@ -402,7 +406,7 @@ def save_checkpoint(run, model, tokenizer, optimizer, names, state):
         flush(run.dir)
     except OSError as e:
         shutil.rmtree(tmp, ignore_errors=True)
-        raise OSError(f"{final} could not be written ({e.strerror or e}); earlier checkpoints stand") from None
+        raise unwritten(final, e) from None
     kept = sorted(run.dir.glob("step-*"))[-run.cfg.keep:]
     for old in run.dir.glob("step-*"):
         if old not in kept and int(old.name[5:]) != state["best"].get("step"):
