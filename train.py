@@ -71,9 +71,9 @@ class Config:
     # supervised stage
     batch_size: int = 32  # examples an optimizer step, over all processes
     micro_batch: int = 128  # most examples a process takes through the model at once
-    cot_epochs: float = 1.6  # stage 0: text chain of thought (warm start)
-    epochs_per_stage: float = 0.16  # each further stage makes one more step latent
-    final_epochs: float = 1.2  # further epochs with all steps latent
+    cot_epochs: float = 2.0  # stage 0: text chain of thought (warm start)
+    epochs_per_stage: float = 0.2  # each further stage makes one more step latent
+    final_epochs: float = 1.6  # further epochs with all steps latent
     max_iters: int = 0  # scale the whole curriculum (rl: cut) to so many optimizer steps (0: as the epochs say)
     cot_lr: float = 2e-3  # peak learning rate of stage 0
     lr: float = 1.5e-3  # peak learning rate of the latent stages
