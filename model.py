@@ -323,7 +323,7 @@ class Attention(nn.Module):
         else (prefix_k, prefix_v, tail_k, tail_v, columns of the tail in use), which gives the longer tail."""
         B, T, H, KV, D = rows.B, rows.T, self.heads, self.kv_heads, self.head_dim
         qk, v = apply(self.qkv_proj, x, held).unflatten(1, (H + 2 * KV, D)).split((H + KV, KV), dim=1)
-        qk = rotate(qk, *rope)
+        qk = rotate(qk, *rope).to(v.dtype)  # else autocast copies the whole prefix's keys at every step
         if past is None:
             kv, y = (qk[:, H:], v), []
             for place, part in rows.parts:

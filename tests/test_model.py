@@ -307,6 +307,23 @@ def test_bfloat16_cache():
     assert error < 1.5 * plain_error and plain_error < 0.1 * want.abs().mean()
 
 
+def test_autocast_cache():
+    """Under autocast, as on a GPU, keys and values are held in bfloat16, once: no step copies the prefix to convert it."""
+    net, tokens, kept = small(), torch.randint(61, (2, 12)), {}
+    keep = lambda t: kept.__setitem__(t.untyped_storage().data_ptr(), t) or t
+    cache, steps = KVCache(), []
+    with torch.autocast("cpu", torch.bfloat16):
+        steps.append(net.hidden(tokens[:, :9], cache=cache))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            steps += [net.hidden(tokens[:, i:i + 1], cache=cache) for i in range(9, 12)]
+    held = [t for layer in (*cache.prefix, *cache.tail) for t in layer]
+    assert {t.dtype for t in held} == {torch.bfloat16}
+    prefix = {t.untyped_storage().data_ptr(): t.numel() for layer in cache.prefix for t in layer}
+    like = {place for place, t in kept.items() if t.numel() in prefix.values()}
+    assert like == set(prefix)
+    assert_close(torch.cat(steps, dim=1), net.hidden(tokens), atol=0.2, rtol=0.1)
+
+
 # --- what is refused, and how: an error of one line that names file and key, nothing read or built ---
 
 @pytest.fixture(scope="module")

@@ -90,9 +90,11 @@ def make(method="atp", group=3, K=3, seed=3, temperature=1.0, questions=4, **par
 @pytest.mark.parametrize("grad", ("path", "score"))
 def test_teacher_forced_equals_rollout(method, parts, temperature, grad):
     """The log-probabilities are those that were recorded one position at a time."""
-    model, rollout = make(method, temperature=temperature, **parts)
+    model, rollout = make(method, K=8, temperature=temperature, **parts)
     if method == "atp" and not parts:
         assert len(set(rollout.steps.tolist())) > 2
+        # the latent at which the longest plan was stopped is in no plan
+        assert (rollout.stopped & (rollout.steps == rollout.z.shape[1])).any()
     latent, stop, token = LogProbs(model, temperature, grad)(rollout)
     torch.testing.assert_close(token, rollout.token_logp, atol=2e-4, rtol=1e-4)
     assert latent is None or grad == "score"
@@ -171,21 +173,25 @@ def test_both_gradients_are_of_the_expected_reward():
     assert abs(path.mean() - score.mean()) < 3 * error
 
 
-def test_first_gradient_is_the_policy_gradient():
+@pytest.mark.parametrize("grad", ("path", "score"))
+def test_first_gradient_is_the_policy_gradient(grad):
     """At ratio 1 the objective's gradient is that of the mean of advantage x (mean log-density of latent terms and
     stop + mean log-probability of answer tokens), written here as a loop over rows."""
     model, rollout = make()
-    advantage = torch.randn(12)
-    loss, stats = objective(LogProbs(model)(rollout), rollout, advantage, 12)
+    advantage, log_probs = torch.randn(12), LogProbs(model, latent_grad=grad)
+    loss, stats = objective(log_probs(rollout), rollout, advantage, 12)
     loss.backward()
     assert stats["clip_frac"] == 0 and math.isclose(stats["ratio_max"], 1, abs_tol=1e-2)
     got = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    latent, stop, token = LogProbs(model)(rollout)
+    latent, stop, token = log_probs(rollout)
     total = 0
     for b in range(12):
         n, m = int(rollout.steps[b]), int(rollout.lengths[b])
-        terms = [latent[b, k, j] + (stop[b, k] if j == 0 else 0) for k in range(n) for j in range(2)]
+        if grad == "score":
+            terms = [latent[b, k, j] + (stop[b, k] if j == 0 else 0) for k in range(n) for j in range(2)]
+        else:
+            terms = list(stop[b, :n])
         if rollout.stopped[b]:
             terms.append(stop[b, n])
         total = total - advantage[b] * (sum(terms) / len(terms) + token[b, :m].mean()) / 12
@@ -244,4 +250,5 @@ def test_latent_mean_and_coef():
     assert bool((none == 1).all())
     assert math.isclose(f(shifted), share(math.exp(0.16) - 1), rel_tol=1e-4)
     assert math.isclose(f(shifted, latent_mean=True), share(math.exp(0.01) - 1), rel_tol=1e-4)
-    assert math.isclose(f(base[0], latent_coef=0.5), -1.5, rel_tol=1e-4)
+    for latent in (base[0], None):
+        assert math.isclose(f(latent, latent_coef=0.5), -1.5, rel_tol=1e-4)
