@@ -87,7 +87,7 @@ class Config:
     rl_lr: float = 5e-5  # peak learning rate
     rl_min_lr: float = 0.0  # the cosine ends at this share of the peak (1: constant)
     rl_warmup: int = 10  # steps of linear warm-up
-    rl_iters: int = 150  # batches of questions (0: one epoch)
+    rl_iters: int = 80  # batches of questions (0: one epoch)
     questions_per_step: int = 64  # over all processes
     group: int = 8  # rollouts a question
     minibatch: int = 512  # rollouts an optimizer step, over all processes
