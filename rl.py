@@ -113,6 +113,8 @@ class LogProbs(nn.Module):
         self.model = model
         self.temperature = temperature
         self.path = latent_grad == "path"
+        if not self.path and model.latent_head is not None and not model.config.vae:
+            model.latent_head.requires_grad_(False)  # fixed latents without a density
 
     def forward(self, rollout):
         """latent (B, N, c) or None, stop (B, N + 1) or None, token (B, A): as the Rollout's own, with gradients."""

@@ -434,7 +434,7 @@ def load_optimizer(optimizer, names, ckpt):
     for key, v in load_file(ckpt / "optimizer.safetensors").items():
         kind, name = key.split(".", 1)
         p = by_name[name]
-        optimizer.state[p][kind] = v.reshape(()) if kind == "step" else v.to(p.device)
+        optimizer.state[p][kind] = (v.reshape(()) if kind == "step" else v).to(p.device)
 
 
 FREE = ("resume", "init", "micro_batch", "device", "compile", "threads", "log_every", "save_every", "keep", "stage",

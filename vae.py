@@ -177,11 +177,11 @@ def collate(examples, config, stage, noise=None, total_examples=None, total_toke
             index.append(i)
             texts.append([t for s in e.steps[i:None if last else i + 1] for t in s] + [config.eos_id])
             weights.append(1 / (len(texts[-1]) * m * B))
-    decode, decode_valid = pad(texts or [[]])
+    decode, decode_valid = (t[:len(texts)] for t in pad(texts or [[]]))
     return Batch(prefix, prefix_valid, text, text_valid, targets, 1 / (total_tokens or sum(map(len, rest))),
                  steps, N, step_weight, (k == steps[:, None]).long(), stop_weight, decode,
                  (torch.tensor(rows, dtype=torch.long), torch.tensor(index, dtype=torch.long)),
-                 decode_valid * torch.tensor(weights or [0.0])[:, None],
+                 decode_valid * torch.tensor(weights)[:, None],
                  None if noise is None else noise[:, :N + 1])
 
 
@@ -345,6 +345,8 @@ class LatentReasoner(nn.Module):
         self.policy.requires_grad_(True)
         if self.decoder is not None and stage == "rl":
             self.decoder.requires_grad_(False)
+        if self.latent_head is not None and not self.config.vae:
+            self.latent_head.logvar.requires_grad_(False)  # nothing is sampled
 
     def copy_decoder(self):
         """The decoder starts as a copy of the (warmed up) policy."""
@@ -524,7 +526,7 @@ class LatentReasoner(nn.Module):
             raise ValueError(f"{file}: a token id is outside the vocabulary")
         decoder = LLaMA.from_pretrained(path / "decoder", dtype, device) if config.decode else None
         try:
-            model = cls(policy, config, decoder).to(device)
+            model = cls(policy, config, decoder).to(device, dtype)
         except ValueError as e:
             raise ValueError(f"{file}: {e}") from None
         file = path / "heads.safetensors"

@@ -9,7 +9,7 @@ import torch
 import train
 from data import Example
 from rl import LogProbs, advantages, coherence, objective, score
-from vae import Noise
+from vae import Noise, collate
 
 S = "<<48/2=24>>"
 
@@ -147,6 +147,21 @@ def test_path_gradient_equals_finite_differences(method, parts):
         torch.testing.assert_close(p.grad.view(-1)[i], difference, atol=1e-6, rtol=1e-4, msg=lambda m: f"{name}: {m}")
         checked += name.startswith("latent_head")
     assert checked >= 1 or method == "simcot"
+
+
+@pytest.mark.parametrize("grad", ("path", "score"))
+@pytest.mark.parametrize("method, parts", [("atp", {}), ("atp", {"vae": False}), ("atp", {"stop": False}), ("simcot", {})])
+def test_all_that_is_trained_gets_a_gradient(method, parts, grad):
+    """DDP waits for the gradient of whatever requires one."""
+    model, rollout = make(method, **parts)
+    missing = lambda: [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    model.set_trainable(3)
+    sum(model(collate(naive.examples(4), model.config, 3, torch.randn(4, 3, 2, 16))).values()).backward()
+    assert not missing()
+    model.zero_grad()
+    model.set_trainable("rl")
+    objective(LogProbs(model, latent_grad=grad)(rollout), rollout, torch.randn(12), 12)[0].backward()
+    assert not missing()
 
 
 def test_both_gradients_are_of_the_expected_reward():

@@ -13,8 +13,8 @@ from data import load
 from eval import find_checkpoint, run_main
 from eval import main as evaluate
 from faults import differences, finish, start
-from safetensors.torch import load_file
-from train import Config, Run, batch_indices, check, curriculum, parse, resolve
+from safetensors.torch import load_file, save_file
+from train import Config, Run, batch_indices, check, curriculum, load_optimizer, parse, resolve
 from train import main as train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -309,3 +309,12 @@ def test_metrics_that_cannot_be_written_are_one_line(tmp_path, broken, capsys):
         run_main(lambda: run.log(step=1))
     err = capsys.readouterr().err
     assert e.value.code == 1 and "metrics.jsonl could not be written (No s" in err and err.count("\n") == 1
+
+
+def test_optimizer_state_is_loaded_to_the_parameters_device(tmp_path):
+    """All of it: on a GPU fused AdamW wants its count of steps there too."""
+    p = torch.nn.Parameter(torch.empty(2, 2, device="meta"))
+    save_file({"step.p": torch.ones(1), "exp_avg.p": torch.ones(2, 2)}, tmp_path / "optimizer.safetensors")
+    optimizer = torch.optim.AdamW([p])
+    load_optimizer(optimizer, {p: "p"}, tmp_path)
+    assert {v.device.type for v in optimizer.state[p].values()} == {"meta"} and optimizer.state[p]["step"].dim() == 0

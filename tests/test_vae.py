@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import naive
 import pytest
@@ -237,3 +238,19 @@ def test_hostile_latent_json(tmp_path, change):
     file.write_text(json.dumps([raw] if change == "a list" else raw if change == "missing" else raw | change))
     with pytest.raises(ValueError, match="latent.json: "):
         LatentReasoner.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float64))
+def test_loaded_in_another_dtype(tmp_path, dtype):
+    naive.tiny().save_pretrained(tmp_path)
+    model = LatentReasoner.from_pretrained(tmp_path, dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert model.rollout([[1, 2, 3]]).lengths[0] > 0
+
+
+def test_batch_without_a_single_step():
+    """Without a stop head an example needs no steps; there is nothing to decode then."""
+    model = naive.tiny("simcot")
+    rows = [replace(e, steps=[]) for e in naive.examples(2)]
+    losses = model(collate(rows, model.config, 3))
+    assert losses["decode"] == 0 and losses["answer"] > 0
