@@ -408,9 +408,11 @@ class LLaMA(nn.Module):
                 nn.init.normal_(p, std=std / math.sqrt(2 * config.num_hidden_layers) if branch else std)
 
     def compile_blocks(self, backend="inductor"):
-        """torch.compile of the causal pass, block by block: one graph serves all layers. Passes over a tail stay
-        eager: they are short, and their shapes grow with every step."""
-        self.compiled = [torch.compile(layer, dynamic=True, backend=backend) for layer in self.layers]
+        """torch.compile of the causal pass, block by block: layers share their graphs, of which there is one for each
+        of with and without padding, gradients, a trained input. Passes over a tail stay eager: they are short, and
+        their shapes grow with every step."""
+        # policy and decoder together pass the usual limit of 8 graphs, beyond which all runs eagerly
+        self.compiled = [torch.compile(layer, dynamic=True, backend=backend, recompile_limit=32) for layer in self.layers]
 
     def forward(self, tokens=None, embeds=None, cache=None, valid=None, at=None):
         """Logits (B, T, vocab), or (N, vocab) at the N positions where the bool mask `at` (B, T) is set."""

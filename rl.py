@@ -4,7 +4,8 @@ Where this departs from the paper's released code:
 1. coherence compares numbers as numbers, a step that does not parse is incoherent and an empty plan scores 0
    (there, an unparsable step matches everything and an empty plan scores 1: an invitation to hack the reward);
 2. gradients are averaged over processes (there, the RL step bypasses DDP and the processes drift apart);
-3. ratios are taken to the rollout's own log-probabilities, recorded while sampling: no second forward pass;
+3. ratios are taken to the rollout's own log-probabilities, recorded while sampling: no second forward pass (but for
+   "score" under bfloat16, see train.update);
 4. gradients can flow through the chain of latents (LogProbs).
 """
 

@@ -27,6 +27,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -212,8 +213,8 @@ class Run:
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.device = device_of(cfg)
         gpu = self.device.type == "cuda"
-        bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and gpu)
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext()
+        self.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and gpu)
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
         self.compile = cfg.compile == "yes" or (cfg.compile == "auto" and gpu)
         self.dir = Path(cfg.out_dir) / name
         self.main = self.rank == 0
@@ -726,14 +727,24 @@ def update(run, ddp, optimizer, rollout, advantage, lr, step, ids):
     # where all rewards of a group are equal, nothing is learned; one question is kept for DDP to average
     active = (advantage.view(-1, G) != 0).any(dim=1).nonzero().flatten().tolist() or [0]
     parts = np.array_split(active, -(-len(active) * members // max(cfg.micro_batch, members)))
-    stats = []
+    batches, stats = [], []
     for first in range(0, G, members):
-        for micro, part in enumerate(parts):
-            rows = torch.tensor([q * G + g for q in part for g in range(first, first + members)])
-            cut, a = rollout.rows(rows.to(advantage.device)), advantage[rows]
-            with ddp.no_sync() if run.world > 1 and micro + 1 < len(parts) else nullcontext():
+        rows = [torch.tensor([q * G + g for q in part for g in range(first, first + members)]) for part in parts]
+        batches.append([(rollout.rows(r.to(advantage.device)), advantage[r]) for r in rows])
+    # Densities of latents are sums over d: in bfloat16 the rounding in which a cached rollout and the parallel pass differ
+    # moves their ratios far from 1. So the old ones come from the same pass as the new (the first batch's own: no step was
+    # taken before it); without a graph of gradients torch.compile might fuse, and round, that otherwise.
+    again = run.bf16 and cfg.latent_grad == "score"
+    for cut, _ in chain(*batches[1:]) if again else ():
+        with run.autocast:
+            cut.record(*getattr(ddp, "module", ddp)(cut))
+    for batch in batches:
+        for micro, (cut, a) in enumerate(batch):
+            with ddp.no_sync() if run.world > 1 and micro + 1 < len(batch) else nullcontext():
                 with run.autocast:
                     new = ddp(cut)
+                if again and batch is batches[0]:
+                    cut.record(*new)
                 loss, stat = objective(new, cut, a, cfg.minibatch, cfg.ratio_clip, cfg.latent_coef, cfg.latent_mean)
                 (loss * run.world).backward()
             stats.append(stat)

@@ -251,6 +251,10 @@ class Rollout:
                 cut[name] = v[questions if name.startswith("prefix") else index]
         return Rollout(**{**cut, "group": group})
 
+    def record(self, latent, stop, token):
+        """Take these log-probabilities (rl.LogProbs) for those under which the rows were sampled."""
+        self.latent_logp, self.stop_logp, self.token_logp = (v if v is None else v.detach() for v in (latent, stop, token))
+
 
 def generate(model, h, cache, eos_id, max_tokens, uniform=None, temperature=1.0):
     """Continue every row of a batch from its last hidden state h (B, d) until <eos> or max_tokens.

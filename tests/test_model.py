@@ -529,14 +529,30 @@ def test_loading_holds_no_second_copy(tmp_path):
     assert len(done.stdout.splitlines()) == 2
 
 
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
 def test_compiled_blocks():
-    """The compiled causal pass, alone and before a tail, gives the eager logits and gradients at several shapes."""
-    net = small()
-    plain = copy.deepcopy(net)
-    net.compile_blocks(backend="eager")  # graph capture is what can go wrong here; inductor would take minutes
+    """The compiled causal pass, padded or not, alone and before a tail, gives the eager logits and gradients at several
+    shapes. What training asks of two models' blocks (gradients or none, weights fixed or not) is all compiled."""
+    torch._dynamo.reset()
+    nets = small(), small(tied=False, num_hidden_layers=1)
+    plains = copy.deepcopy(nets)
+    for net in nets:
+        net.compile_blocks(backend="eager")  # graph capture is what can go wrong here; inductor would take minutes
     for rows, length in ((2, 9), (3, 14)):
         tokens = random_tokens(rows, length)
-        caches = KVCache(), KVCache()
-        outs = [torch.cat((m(tokens, cache=cache), m(tokens[:, :3], cache=cache)), dim=1) for m, cache in zip((net, plain), caches)]
-        assert_close(*outs)
-        assert_close(*(gradients(m, out.square().mean()) for m, out in zip((net, plain), outs)))
+        for valid in (None, model.first(torch.randint(3, length, (rows,)), length)):
+            at = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
+            for net, plain in zip(nets, plains):
+                run = lambda m, cache: torch.cat((m(tokens, cache=cache, valid=valid)[at], m(tokens[:, :3], cache=cache).flatten(0, 1)))
+                outs = [run(m, KVCache()) for m in (net, plain)]
+                assert_close(*outs)
+                assert_close(*(gradients(m, out.square().mean()) for m, out in zip((net, plain), outs)))
+                embeds = plain.embed_tokens(tokens).detach()
+                with torch.no_grad():
+                    assert_close(run(net, KVCache()), run(plain, KVCache()))
+                    net.hidden(embeds=embeds, valid=valid)
+                net.hidden(embeds=embeds, valid=valid)
+                net.requires_grad_(False)  # the decoder in RL
+                net.hidden(embeds=embeds, valid=valid)
+                net.hidden(embeds=embeds.requires_grad_(), valid=valid)
+                net.requires_grad_(True)

@@ -99,6 +99,26 @@ def test_losses_equal_naive(method, stage):
         torch.testing.assert_close(got[k].double(), want[k].double(), atol=1e-8, rtol=1e-7, msg=lambda m: f"{k}: {m}")
 
 
+@pytest.mark.parametrize("method, stage", [("atp", 2), ("atp", 0), ("simcot", 2)])
+def test_losses_under_autocast(method, stage):
+    """Losses and gradients in bfloat16 are those of float32 up to rounding."""
+    model, rows = naive.tiny(method, scale=0.15), naive.examples(6)
+    batch, got = collate(rows, model.config, stage, torch.randn(6, 3, 2, 16)), []
+    for dtype in (torch.float32, torch.bfloat16):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            losses = model(batch)
+        sum(losses.values()).backward()
+        got.append((losses, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+    (want, gradients), (low, low_gradients) = got
+    assert low_gradients.keys() == gradients.keys()
+    for k, v in want.items():
+        assert low[k].dtype == torch.float32 and abs(low[k] - v) < 0.02 * abs(v), k
+    for name, g in gradients.items():
+        assert low_gradients[name].dtype == torch.float32
+        assert 0 < (low_gradients[name] - g).norm() < 0.1 * g.norm(), name
+
+
 @pytest.mark.parametrize("parts", ({"vae": False}, {"stop": False}, {"decode": False}))
 def test_ablations_equal_naive(parts):
     model, rows = naive.tiny(dtype=torch.float64, **parts), naive.examples(5)
