@@ -33,6 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before any group: its functions keep the group of that time as their default (see processes)
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
@@ -785,7 +786,10 @@ def reuse_memory():
 
 @contextmanager
 def processes(cfg):
-    """Join torchrun's other processes, if there are any. Where one of them ends or hangs, this one ends too."""
+    """Join torchrun's other processes, if there are any. Where one of them ends or hangs, this one ends too.
+
+    A group that something still refers to survives destroy_process_group, and threads of gloo that outlive the
+    interpreter abort the process."""
     if "RANK" not in os.environ or dist.is_initialized():
         yield
         return

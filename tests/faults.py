@@ -43,7 +43,7 @@ def finish(process, timeout=600):
     """Wait for the end of a run that must succeed."""
     _, said = process.communicate(timeout=timeout)
     if process.returncode:
-        raise RuntimeError(f"exit status {process.returncode}: {said.strip()[-2000:]}")
+        raise RuntimeError(f"exit status {process.returncode}: {said.strip()}")
 
 
 # --- comparing ---
@@ -137,7 +137,7 @@ def kill_at(process, folder, aim, after, every):
     _, said = process.communicate(timeout=60)
     if process.returncode != -signal.SIGKILL:
         if process.returncode:
-            raise RuntimeError(f"exit status {process.returncode}: {said.strip()[-2000:]}")
+            raise RuntimeError(f"exit status {process.returncode}: {said.strip()}")
         return None
     left = temporary(folder, began)
     if any(name.startswith(".tmp-step-") for name in left):

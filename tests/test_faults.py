@@ -97,6 +97,7 @@ def test_a_batch_in_which_no_group_varies_is_skipped_and_counted(tmp_path, warm,
 CHILD = """
 import os, signal, sys
 from dataclasses import replace
+from pathlib import Path
 sys.path.insert(0, {root!r})
 import torch
 import torch.distributed as dist
@@ -187,6 +188,11 @@ JOIN = """
 dist.init_process_group("gloo")
 torch.set_num_threads(1)
 """
+LEAVE = """
+dist.destroy_process_group()
+threads = [f.read_text().strip() for f in Path("/proc/self/task").glob("*/comm")]
+assert not any("gloo" in name for name in threads), threads  # they could abort the process at its end
+"""
 
 
 def test_fewer_examples_than_processes_and_unlike_shares(tmp_path, warm, data):
@@ -206,8 +212,7 @@ def score(model, rollout, *args):
     return replace(result, reward=torch.ones(n) if rank else torch.arange(n) % 2 / 1.0)
 train.score = score
 train.main({command(tmp_path / "b", data, *rl, stage="rl")!r})
-dist.destroy_process_group()
-"""
+""" + LEAVE
     status, errors = torchrun(tmp_path, body)
     assert status == 0, errors
     train(command(tmp_path / "one", two, *vae))
@@ -237,7 +242,7 @@ def test_resume_with_other_numbers_of_processes_and_micro_batches(tmp_path, whol
             with pytest.raises(KeyboardInterrupt):
                 train(args)
         later.append([*args, "--resume", "--micro_batch", "3"])
-    body = JOIN + "".join(f"train.main({a!r})\n" for a in later) + "dist.destroy_process_group()\n"
+    body = JOIN + "".join(f"train.main({a!r})\n" for a in later) + LEAVE
     status, errors = torchrun(tmp_path, body)
     assert status == 0, errors
     for stage in ("vae", "rl"):
