@@ -342,8 +342,9 @@ def make_optimizer(module, cfg, weight_decay=0.0):
     return torch.optim.AdamW(groups, betas=(0.9, cfg.beta2), fused=True)
 
 
-def build(cfg):
-    """Model and tokenizer that cfg asks for."""
+def build(cfg, run):
+    """Model and tokenizer that cfg asks for. A checkpoint of another method gives the parts that both have; RL refuses
+    parts that were never trained."""
     torch.manual_seed(generator(cfg.seed, WEIGHTS).initial_seed())
     device = device_of(cfg)
     init = Path(cfg.init) if cfg.init else None
@@ -355,23 +356,24 @@ def build(cfg):
     latent = LatentConfig(**{**method, **parts}, method=cfg.method, thoughts_per_step=cfg.thoughts_per_step,
                           max_steps=cfg.max_steps, start_id=start, end_id=end, eos_id=tokenizer.eos_id)
     if init and (init / "latent.json").is_file():
-        saved = LatentReasoner.from_pretrained(init, device=device)
-        if saved.config == latent:
-            return saved, tokenizer
-        policy = saved.policy  # another method, e.g. latents from a chain-of-thought checkpoint
+        model, new = LatentReasoner.from_pretrained(init, device=device).reconfigured(latent)
+        if new and cfg.stage == "rl":
+            raise ValueError(f"--stage rl: {cfg.init} has no {new[0]}; train it first (--stage vae --init {cfg.init})")
+        if new:
+            run.say(f"{run.name}: not in {cfg.init}, made new: {', '.join(new)}")
+        return model.to(device), tokenizer
+    if cfg.stage == "rl":
+        raise ValueError(f"--stage rl starts from a checkpoint of --stage vae; {cfg.init} is a bare LLaMA")
+    if init:
+        policy = LLaMA.from_pretrained(init, device=device)
     else:
-        if cfg.stage == "rl":
-            raise ValueError(f"--stage rl starts from a checkpoint of --stage vae; {cfg.init} is a bare LLaMA")
-        if init:
-            policy = LLaMA.from_pretrained(init, device=device)
-        else:
-            policy = LLaMA(LLaMAConfig(
-                vocab_size=tokenizer.vocab_size, hidden_size=cfg.hidden_size, intermediate_size=cfg.intermediate_size,
-                num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads, num_key_value_heads=cfg.heads,
-                head_dim=cfg.hidden_size // cfg.heads, max_position_embeddings=cfg.context,
-                eos_token_id=tokenizer.eos_id))
-        like = tokenizer.encode_ordinary("<<")
-        policy.add_tokens([start, end], like[0] if len(like) == 1 else None)
+        policy = LLaMA(LLaMAConfig(
+            vocab_size=tokenizer.vocab_size, hidden_size=cfg.hidden_size, intermediate_size=cfg.intermediate_size,
+            num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads, num_key_value_heads=cfg.heads,
+            head_dim=cfg.hidden_size // cfg.heads, max_position_embeddings=cfg.context,
+            eos_token_id=tokenizer.eos_id))
+    like = tokenizer.encode_ordinary("<<")
+    policy.add_tokens([start, end], like[0] if len(like) == 1 else None)
     return LatentReasoner(policy, latent).to(device), tokenizer
 
 
@@ -501,7 +503,7 @@ def begin(cfg, name, given):
     if name != "rl" and accumulation(run, cfg.batch_size) * run.world > cfg.batch_size:
         raise ValueError(f"--batch_size {cfg.batch_size} leaves a process without rows ({run.world} processes, "
                          f"--micro_batch {cfg.micro_batch}): raise either")
-    model, tokenizer = build(dataclasses.replace(cfg, init=str(ckpt)) if ckpt else cfg)
+    model, tokenizer = build(dataclasses.replace(cfg, init=str(ckpt)) if ckpt else cfg, run)
     model.policy.activation_checkpointing = cfg.activation_checkpointing
     names = {p: n for n, p in model.named_parameters()}
     train = read_data(cfg, tokenizer, model, run, "train")

@@ -352,6 +352,18 @@ class LatentReasoner(nn.Module):
         if self.latent_head is not None and not self.config.vae:
             self.latent_head.logvar.requires_grad_(False)  # nothing is sampled
 
+    def reconfigured(self, config):
+        """This model with the parts that another LatentConfig asks for, and the names of those that are new: what it
+        has, it keeps (trained heads, say, where the decoder is left out)."""
+        model, new = LatentReasoner(self.policy, config, self.decoder if config.decode else None), []
+        for name in ("latent_head", "stop_head", "decoder"):
+            if getattr(model, name) is not None:
+                if getattr(self, name) is None:
+                    new.append(name)
+                else:
+                    setattr(model, name, getattr(self, name))
+        return model, new
+
     def copy_decoder(self):
         """The decoder starts as a copy of the (warmed up) policy."""
         if self.decoder is not None:

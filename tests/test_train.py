@@ -14,8 +14,9 @@ from eval import find_checkpoint, run_main
 from eval import main as evaluate
 from faults import differences, finish, start
 from safetensors.torch import load_file, save_file
-from train import Config, Run, batch_indices, check, curriculum, load_optimizer, parse, resolve
+from train import Config, Run, batch_indices, build, check, curriculum, load_optimizer, parse, resolve
 from train import main as train
+from vae import LatentReasoner
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--hidden_size", "16", "--layers", "1", "--heads", "2", "--intermediate_size", "24", "--batch_size", "8",
@@ -97,7 +98,6 @@ def test_checkpoint_opens_in_transformers(vae):
     from transformers import LlamaForCausalLM
     ckpt = find_checkpoint(vae)
     theirs = LlamaForCausalLM.from_pretrained(ckpt, dtype=torch.float32)
-    from vae import LatentReasoner
     ours = LatentReasoner.from_pretrained(ckpt).policy
     tokens = torch.randint(0, ours.config.vocab_size, (2, 9))
     torch.testing.assert_close(theirs(tokens).logits, ours(tokens), atol=1e-4, rtol=1e-4)
@@ -109,6 +109,29 @@ def test_a_run_does_not_replace_its_own_start(vae, data):
     with pytest.raises(ValueError, match="nothing"):  # nor does one that cannot begin replace anything
         train(command(vae, "nothing"))
     assert find_checkpoint(vae / "vae")
+
+
+@pytest.mark.parametrize("flags, parts", [
+    ([], {"decoder", "latent_head", "stop_head"}), (["--decode", "no"], {"latent_head", "stop_head"}),
+    (["--stop", "no", "--vae", "no"], {"decoder", "latent_head"}), (["--method", "simcot"], {"decoder"}),
+    (["--method", "cot"], set()), (["--thoughts_per_step", "2"], {"decoder", "latent_head", "stop_head"})])
+def test_init_keeps_the_parts_that_both_have(vae, flags, parts, capsys):
+    cfg = resolve(parse(["--stage", "vae", "--seed", "5", "--init", str(vae), *flags]))
+    model, _ = build(cfg, Run(cfg, "vae"))
+    saved = LatentReasoner.from_pretrained(find_checkpoint(vae)).state_dict()
+    assert {k.split(".")[0] for k in model.state_dict()} == {"policy", *parts}
+    assert all(v.equal(saved[k]) for k, v in model.state_dict().items())
+    assert "made new" not in capsys.readouterr().out
+
+
+def test_init_says_which_parts_are_new(tmp_path, data, vae, capsys):
+    train(command(tmp_path, data, "--max_iters", "2", "--init", str(vae), "--method", "simcot"))
+    started = ["--init", str(tmp_path), "--method", "atp"]
+    with pytest.raises(ValueError, match="has no latent_head; train it first"):
+        train(command(tmp_path, data, "--max_iters", "2", *started, stage="rl"))
+    assert "made new" not in capsys.readouterr().out
+    train(command(tmp_path / "b", data, "--max_iters", "2", *started))
+    assert f"not in {find_checkpoint(tmp_path / 'vae')}, made new: latent_head, stop_head\n" in capsys.readouterr().out
 
 
 def test_newest_checkpoint(tmp_path):
