@@ -54,6 +54,7 @@ class Config:
     init: str = ""  # Hugging Face LLaMA directory, or checkpoint or run folder of ours ("": from nothing; rl: out/vae)
     data: str = "builtin"  # builtin, gsm8k, gsm8k_aug, or a file in one of their formats
     data_dir: str = "data"  # where `python data.py` puts the published files
+    annotated: int = 0  # so many training questions show their steps, and supervised stages use these alone (0: all)
     out_dir: str = "out"  # runs go to out_dir/vae, out_dir/rl, ...
     resume: bool = False  # go on from the newest checkpoint of the same run
     seed: int = 0  # of weights, data order and samples
@@ -378,16 +379,18 @@ def build(cfg, run):
 
 
 def read_data(cfg, tokenizer, model, run, split):
-    """Encoded examples that the model can be trained on; what is left out is counted and said."""
+    """Encoded examples of a split; what is left out is counted and said. Only to imitate steps takes questions that show
+    them: RL and validation use all, and so does answer-only training."""
     context = min(cfg.context, model.policy.config.max_position_embeddings)
     fits, long = encode_all(load(cfg.data, split, cfg.data_dir), tokenizer, context)
-    usable = [e for e in fits if e.steps or not model.config.stop]
+    imitates = split == "train" and run.name != "rl" and cfg.method != "nocot"
+    usable = [e for e in fits if e.steps or not (imitates and model.config.stop)]
     if long or len(usable) < len(fits):
         run.say(f"{cfg.data} {split}: left out {long} examples longer than {context} tokens "
                 f"and {len(fits) - len(usable)} without steps")
     if not usable:
         raise ValueError(f"--data {cfg.data}: no example of split {split} is left")
-    return usable
+    return usable[:cfg.annotated or None] if imitates else usable
 
 
 # --- checkpoints ---

@@ -226,6 +226,94 @@ def evaluation(name, args):
             "tokens": float(rows.lengths.float().mean())}
 
 
+def as_published(name, args, seconds=20.0):
+    """The same work as the released SIM-CoT code does it (InternLM/SIM-CoT, Coconut/coconut.py), with transformers' LLaMA
+    of today: K x c latents for every row, hidden states fed back; the embeddings cut into single vectors and put together
+    again at every latent; logits over the vocabulary at all positions, of the question too; a pass of the decoder a step,
+    padded; plain AdamW; answers one question at a time, the whole sequence read once more before the first word. Ours
+    does more besides: heads, sampling, the KL term, a decision to stop."""
+    import torch.nn.functional as F
+    from transformers import LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    b = Bench(name, args)
+    K, c, eos, spec = b.spec["K"], b.spec["c"], b.tokenizer.eos_id, b.spec
+    with tempfile.TemporaryDirectory() as folder:
+        b.model.policy.save_pretrained(folder)
+        b.model = None
+        policy, decoder = (LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(b.device) for _ in range(2))
+    embed = policy.get_input_embeddings()
+
+    def padded(rows, value=0, left=False):
+        width = max(map(len, rows))
+        rows = [[value] * (width - len(r)) * left + r + [value] * (width - len(r)) * (not left) for r in rows]
+        return torch.tensor(rows, device=b.device)
+
+    def think(questions, texts):
+        """embeds with the latents filled in, logits at all positions, place of the first latent."""
+        asked = padded([q + [b.tokenizer.token_id(START)] for q in questions], -1, left=True)
+        ids = torch.cat((asked, asked.new_zeros(len(asked), K * c), padded(texts, -1)), dim=1)
+        mask, P = (ids >= 0).long(), asked.shape[1]
+        places = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        embeds, cache, logits, start = embed(ids.clamp(min=0)), None, [], 0
+        for end in range(P, P + K * c + 1):
+            end = ids.shape[1] if end == P + K * c else end
+            out = policy(inputs_embeds=embeds[:, start:end], attention_mask=mask[:, :end], use_cache=True,
+                         position_ids=places[:, start:end], past_key_values=cache, output_hidden_states=True)
+            cache, start = out.past_key_values, end
+            logits.append(out.logits)
+            if end < ids.shape[1]:
+                rows = [[embeds[i, t] for t in range(embeds.shape[1])] for i in range(len(embeds))]
+                for i, row in enumerate(rows):
+                    row[end] = out.hidden_states[-1][i, -1]
+                embeds = torch.stack([torch.stack(row) for row in rows])
+        return embeds, torch.cat(logits, dim=1), P
+
+    def loss_of(logits, labels):
+        return F.cross_entropy(logits[:, :-1].contiguous().flatten(0, 1), labels[:, 1:].flatten())
+
+    def step(examples):
+        embeds, logits, P = think([e.question for e in examples], [[b.tokenizer.token_id(END)] + e.answer for e in examples])
+        answers = padded([e.answer for e in examples], -100)
+        loss = loss_of(logits, F.pad(answers, (P + K * c + 1, 0), value=-100))
+        for k in range(K):
+            # a row without so many steps writes its answer again
+            texts = [sum(e.steps[k:None if k == K - 1 else k + 1], []) or e.answer[:-1] for e in examples]
+            labels = padded([[-100] * c + t + [eos] for t in texts], -100)
+            inputs = torch.cat((embeds[:, P + k * c:P + (k + 1) * c], embed(labels[:, c:].clamp(min=0))), dim=1)
+            mask = F.pad(labels[:, c:] >= 0, (c, 0), value=True).long()
+            place = torch.arange(1, labels.shape[1] + 1, device=b.device).expand(len(labels), -1)
+            out = decoder(inputs_embeds=inputs, attention_mask=mask, position_ids=place, output_hidden_states=True)
+            loss = loss + loss_of(out.logits, labels) / K
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([*policy.parameters(), *decoder.parameters()], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    @torch.no_grad()
+    def answer(e):
+        embeds, *_ = think([e.question], [[b.tokenizer.token_id(END)]])
+        out = policy(inputs_embeds=embeds, use_cache=True)
+        for _ in range(15):
+            token = out.logits[:, -1].argmax(dim=-1)
+            if int(token) == eos:
+                break
+            out = policy(inputs_embeds=embed(token)[:, None], past_key_values=out.past_key_values, use_cache=True)
+
+    questions = b.batch(0, 8)
+    answer(questions[0])
+    alone = timed(lambda: [answer(e) for e in questions], b.device) / len(questions)
+    optimizer = torch.optim.AdamW([*policy.parameters(), *decoder.parameters()], lr=1e-6)
+    clock, end = [], None
+    while len(clock) < 3 or time.time() < end:
+        batch = b.batch(len(clock) + 1, spec["batch"])
+        clock.append(timed(lambda: step(batch), b.device))
+        end = end or time.time() + seconds
+    return {"examples_s": spec["batch"] * len(clock[1:]) / sum(clock[1:]), "questions_s": 1 / alone, "memory_gb": b.memory(),
+            "steps": len(clock) - 1, "peak_gflops": matmul_peak(b.device)}
+
+
 def growth(name, args):
     """Seconds an example as latents double, and seconds an RL step as the group does."""
     latents = {}
@@ -337,7 +425,7 @@ def worker(job, args):
         return write_1b(rest[0]) or {}
     if kind == "load1b":
         return load_1b(rest[0], getattr(torch, rest[1]))
-    return {"sft": sft, "rl": rl, "eval": evaluation, "growth": growth}[kind](rest[0], args)
+    return {"sft": sft, "rl": rl, "eval": evaluation, "growth": growth, "published": as_published}[kind](rest[0], args)
 
 
 def measure(job, args):

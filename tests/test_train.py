@@ -14,7 +14,7 @@ from eval import find_checkpoint, run_main
 from eval import main as evaluate
 from faults import differences, finish, start
 from safetensors.torch import load_file, save_file
-from train import Config, Run, batch_indices, build, check, curriculum, load_optimizer, parse, resolve
+from train import Config, Run, batch_indices, build, check, curriculum, load_optimizer, parse, read_data, resolve
 from train import main as train
 from vae import LatentReasoner
 
@@ -70,6 +70,20 @@ def test_same_seed_same_weights_other_seed_other_weights(tmp_path, vae, data):
     train(command(tmp_path / "b", data, "--max_iters", "8", "--seed", "1"))
     assert not weights(tmp_path / "b", "vae")["model.safetensors:model.norm.weight"].equal(
         weights(vae, "vae")["model.safetensors:model.norm.weight"])
+
+
+@pytest.mark.parametrize("method, stage, annotated, count", [
+    ("atp", "vae", 0, 38), ("atp", "vae", 10, 10), ("cot", "cot", 10, 10), ("nocot", "nocot", 10, 57), ("atp", "rl", 10, 57)])
+def test_only_imitation_needs_steps(tmp_path, data, method, stage, annotated, count):
+    """60 questions, the last 3 for validation; every third shows no steps."""
+    lines = Path(data).read_text().splitlines()
+    file = tmp_path / "questions.txt"
+    file.write_text("\n".join(s if i % 3 else f"{s.split('||')[0]}|| ####{s.split('####')[1]}" for i, s in enumerate(lines)))
+    cfg = Config(data=str(file), method=method, annotated=annotated)
+    run = Run(cfg, stage)
+    model, tokenizer = build(cfg, run)
+    assert len(read_data(cfg, tokenizer, model, run, "train")) == count
+    assert len(read_data(cfg, tokenizer, model, run, "valid")) == 3
 
 
 @pytest.mark.parametrize("method", ("simcot", "coconut", "cot", "nocot"))
