@@ -10,9 +10,9 @@ E   the embedded default of train.py, all latent
 1B  Llama-3.2-1B's shape: random weights written in bfloat16, then loaded
 
 Questions: GSM8K's training set, those with 2 to K annotated steps, where --data_dir and --smollm2 have what that
-needs, else the built-in task. Weights are untrained where nothing else is said, so that rollouts and decoded steps
-run to their limit of 16 tokens: the worst case. Every measurement is a process of its own (peak memory!), and takes
-the peak of fp32 matrix products (2048 x 2048) before and after.
+needs, else the built-in task. Rollouts, decoded steps and answers run to their limits, K steps and 16 tokens. Every
+measurement is a process of its own (peak memory!), and takes the peak of fp32 matrix products (2048 x 2048) before and
+after.
 
 Utilisation = useful FLOPs / s over that peak. Useful FLOPs of a forward pass, per layer and token: 2 x (matrix
 parameters of the layer); per layer and pair of a query and a key that it may see: 4 x heads x head_dim; per logit
@@ -112,6 +112,12 @@ class Bench:
                               start_id=start, end_id=end, eos_id=tokenizer.eos_id)
         self.tokenizer, self.model = tokenizer, LatentReasoner(policy, config).to(self.device)
 
+    def to_the_limit(self):
+        """From now on no plan and no text ends before its limit: the worst case, and the same work for everybody."""
+        with torch.no_grad():
+            self.model.stop_head[-1].bias.copy_(torch.tensor([1e3, -1e3]))
+        self.model.config.eos_id = -1
+
     def memory(self):
         """Peak so far, GB."""
         return self.run.memory_gb() * 2**30 / 1e9
@@ -172,6 +178,7 @@ def rl(name, args, seconds=20.0, **changes):
     model: the decoding of all plans, the most that it can be, is timed alone; its share is that of rollout, decoding
     and update."""
     b = Bench(name, args, **changes)
+    b.to_the_limit()
     model, Q, G = b.model, b.spec["questions"], b.spec["group"]
     model.set_trainable("rl")
     optimizer = make_optimizer(model, b.run.cfg)
@@ -213,6 +220,7 @@ def full_update(b, ddp, optimizer, batch, step):
 def evaluation(name, args):
     """Questions a second: greedy answers alone, and evaluate() with plans in words and coherence."""
     b = Bench(name, args)
+    b.to_the_limit()
     b.model.eval()
     size = {"S": 64, "T": 256, "E": 512}[name]
     questions = sorted(b.batch(0, size), key=lambda e: len(e.question))
@@ -224,7 +232,7 @@ def evaluation(name, args):
     whole = timed(lambda: evaluate(b.model, b.tokenizer, questions, 128), b.device)
     return {"generation_q_s": size / generation, "one_at_a_time_q_s": 1 / alone, "evaluate_q_s": size / whole,
             "batching_gain": alone * size / generation, "memory_gb": b.memory(),
-            "tokens": float(rows.lengths.float().mean())}
+            "latents": float(rows.steps.float().mean()) * b.spec["c"], "tokens": float(rows.lengths.float().mean())}
 
 
 def as_published(name, args, seconds=20.0):
@@ -298,8 +306,6 @@ def as_published(name, args, seconds=20.0):
         out = policy(inputs_embeds=embeds, use_cache=True)
         for _ in range(15):
             token = out.logits[:, -1].argmax(dim=-1)
-            if int(token) == eos:
-                break
             out = policy(inputs_embeds=embed(token)[:, None], past_key_values=out.past_key_values, use_cache=True)
 
     questions = b.batch(0, 8)
