@@ -32,6 +32,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -241,13 +242,13 @@ def as_published(name, args, seconds=20.0):
     again at every latent; logits over the vocabulary at all positions, of the question too; a pass of the decoder a step,
     padded; plain AdamW; answers one question at a time, the whole sequence read once more before the first word. Ours
     does more besides: heads, sampling, the KL term, a decision to stop."""
-    import torch.nn.functional as F
     from transformers import LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     b = Bench(name, args)
-    K, c, eos, spec = b.spec["K"], b.spec["c"], b.tokenizer.eos_id, b.spec
+    K, c, size = b.spec["K"], b.spec["c"], b.spec["batch"]
+    start_id, end_id, eos = b.tokenizer.token_id(START), b.tokenizer.token_id(END), b.tokenizer.eos_id
     with tempfile.TemporaryDirectory() as folder:
         b.model.policy.save_pretrained(folder)
         b.model = None
@@ -261,7 +262,7 @@ def as_published(name, args, seconds=20.0):
 
     def think(questions, texts):
         """embeds with the latents filled in, logits at all positions, place of the first latent."""
-        asked = padded([q + [b.tokenizer.token_id(START)] for q in questions], -1, left=True)
+        asked = padded([q + [start_id] for q in questions], -1, left=True)
         ids = torch.cat((asked, asked.new_zeros(len(asked), K * c), padded(texts, -1)), dim=1)
         mask, P = (ids >= 0).long(), asked.shape[1]
         places = (mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -283,7 +284,7 @@ def as_published(name, args, seconds=20.0):
         return F.cross_entropy(logits[:, :-1].contiguous().flatten(0, 1), labels[:, 1:].flatten())
 
     def step(examples):
-        embeds, logits, P = think([e.question for e in examples], [[b.tokenizer.token_id(END)] + e.answer for e in examples])
+        embeds, logits, P = think([e.question for e in examples], [[end_id] + e.answer for e in examples])
         answers = padded([e.answer for e in examples], -100)
         loss = loss_of(logits, F.pad(answers, (P + K * c + 1, 0), value=-100))
         for k in range(K):
@@ -302,7 +303,7 @@ def as_published(name, args, seconds=20.0):
 
     @torch.no_grad()
     def answer(e):
-        embeds, *_ = think([e.question], [[b.tokenizer.token_id(END)]])
+        embeds, *_ = think([e.question], [[end_id]])
         out = policy(inputs_embeds=embeds, use_cache=True)
         for _ in range(15):
             token = out.logits[:, -1].argmax(dim=-1)
@@ -314,10 +315,10 @@ def as_published(name, args, seconds=20.0):
     optimizer = torch.optim.AdamW([*policy.parameters(), *decoder.parameters()], lr=1e-6)
     clock, end = [], None
     while len(clock) < 3 or time.time() < end:
-        batch = b.batch(len(clock) + 1, spec["batch"])
+        batch = b.batch(len(clock) + 1, size)
         clock.append(timed(lambda: step(batch), b.device))
         end = end or time.time() + seconds
-    return {"examples_s": spec["batch"] * len(clock[1:]) / sum(clock[1:]), "answers_s": 1 / alone, "memory_gb": b.memory(),
+    return {"examples_s": size * len(clock[1:]) / sum(clock[1:]), "answers_s": 1 / alone, "memory_gb": b.memory(),
             "steps": len(clock) - 1, "peak_gflops": matmul_peak(b.device)}
 
 
