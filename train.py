@@ -54,7 +54,7 @@ class Config:
     init: str = ""  # Hugging Face LLaMA directory, or checkpoint or run folder of ours ("": from nothing; rl: out/vae)
     data: str = "builtin"  # builtin, gsm8k, gsm8k_aug, or a file in one of their formats
     data_dir: str = "data"  # where `python data.py` puts the published files
-    annotated: int = 0  # so many training questions show their steps, and supervised stages use these alone (0: all)
+    annotated: int = 4000  # so many training questions show their steps, to be imitated (0: all; other data: 0)
     out_dir: str = "out"  # runs go to out_dir/vae, out_dir/rl, ...
     resume: bool = False  # go on from the newest checkpoint of the same run
     seed: int = 0  # of weights, data order and samples
@@ -74,9 +74,9 @@ class Config:
     # supervised stage
     batch_size: int = 32  # examples an optimizer step, over all processes
     micro_batch: int = 128  # most examples a process takes through the model at once
-    cot_epochs: float = 2.0  # stage 0: text chain of thought (warm start)
-    epochs_per_stage: float = 0.2  # each further stage makes one more step latent
-    final_epochs: float = 1.6  # further epochs with all steps latent
+    cot_epochs: float = 12.0  # stage 0: text chain of thought (warm start)
+    epochs_per_stage: float = 1.2  # each further stage makes one more step latent
+    final_epochs: float = 9.6  # further epochs with all steps latent
     max_iters: int = 0  # scale the whole curriculum (rl: cut) to so many optimizer steps (0: as the epochs say)
     cot_lr: float = 2e-3  # peak learning rate of stage 0
     lr: float = 1.5e-3  # peak learning rate of the latent stages
@@ -87,10 +87,10 @@ class Config:
     clip: float = 1.0  # gradient norm
     beta_kl: float = 1e-3  # weight of the KL term
     # reinforcement learning
-    rl_lr: float = 5e-5  # peak learning rate
+    rl_lr: float = 2e-4  # peak learning rate
     rl_min_lr: float = 0.0  # the cosine ends at this share of the peak (1: constant)
     rl_warmup: int = 10  # steps of linear warm-up
-    rl_iters: int = 80  # batches of questions (0: one epoch)
+    rl_iters: int = 280  # batches of questions (0: one epoch)
     questions_per_step: int = 64  # over all processes
     group: int = 8  # rollouts a question
     minibatch: int = 512  # rollouts an optimizer step, over all processes
@@ -119,10 +119,10 @@ class Config:
 
 # The other set of defaults: the paper's recipe, where --init is a pretrained LLaMA (paper, sections 4 and 5)
 PRETRAINED = dict(
-    baseline=0, data="gsm8k_aug", context=512, thoughts_per_step=2, max_steps=10, batch_size=256, micro_batch=32,
-    cot_epochs=0.0, epochs_per_stage=2.0, final_epochs=5.0, cot_lr=1e-4, lr=1e-4, min_lr=0.1, warmup=100, beta2=0.999,
-    weight_decay=0.01, rl_lr=1e-6, rl_min_lr=1.0, rl_iters=0, questions_per_step=16, minibatch=16, std_norm=True,
-    latent_grad="score", eval_every=1000, save_every=1000)
+    baseline=0, data="gsm8k_aug", annotated=0, context=512, thoughts_per_step=2, max_steps=10, batch_size=256,
+    micro_batch=32, cot_epochs=0.0, epochs_per_stage=2.0, final_epochs=5.0, cot_lr=1e-4, lr=1e-4, min_lr=0.1,
+    warmup=100, beta2=0.999, weight_decay=0.01, rl_lr=1e-6, rl_min_lr=1.0, rl_iters=0, questions_per_step=16, minibatch=16,
+    std_norm=True, latent_grad="score", eval_every=1000, save_every=1000)
 
 CHOICES = {"stage": ("all", "cot", "vae", "rl"), "method": tuple(METHODS), "device": ("auto", "cpu", "cuda"),
            "dtype": ("auto", "float32", "bfloat16"), "latent_grad": ("path", "score"),
@@ -178,6 +178,8 @@ def resolve(given):
             values = {k: v for k, v in saved.items() if k in known}
         else:
             values = dict(PRETRAINED)
+    if given.get("data", "builtin") not in (*BUILTIN, values.get("data")):
+        values["annotated"] = 0  # the default is one of the built-in task
     cfg = Config(**{**values, **given, "init": init})
     check(cfg)
     return cfg
@@ -390,7 +392,10 @@ def read_data(cfg, tokenizer, model, run, split):
                 f"and {len(fits) - len(usable)} without steps")
     if not usable:
         raise ValueError(f"--data {cfg.data}: no example of split {split} is left")
-    return usable[:cfg.annotated or None] if imitates else usable
+    if imitates and cfg.annotated and cfg.annotated < len(usable):
+        run.say(f"{run.name}: imitates the first {cfg.annotated} of {len(usable)} training questions (--annotated)")
+        return usable[:cfg.annotated]
+    return usable
 
 
 # --- checkpoints ---

@@ -185,6 +185,15 @@ def test_rl_continues_settings_of_the_checkpoint(vae):
     assert (cfg.hidden_size, cfg.max_steps, cfg.group, cfg.rl_lr) == (16, 3, 4, 1e-5)
 
 
+def test_annotated_is_a_default_of_the_builtin_task_alone(vae, data, tmp_path):
+    given = lambda *flags: resolve(parse([*flags])).annotated  # noqa: E731
+    default = given()
+    assert 0 < default < 40000 and given("--data", data) == 0 and given("--data", data, "--annotated", "7") == 7
+    assert given("--init", str(vae)) == 0  # trained on `data`
+    LatentReasoner.from_pretrained(find_checkpoint(vae / "vae")).policy.save_pretrained(tmp_path)
+    assert given("--init", str(tmp_path)) == given("--init", str(tmp_path), "--data", "builtin") == 0
+
+
 def test_data_order_is_a_function_of_seed_and_step():
     n, size = 10, 4
     stream = [i for step in range(10) for i in batch_indices(3, step, n, size)]
