@@ -100,7 +100,7 @@ class Config:
     ratio_clip: float = 0.2  # PPO
     std_norm: bool = False  # divide advantages by the group's standard deviation (paper: yes)
     latent_grad: str = "path"  # gradient of latents: path (through z = mu + sigma eps), score (of log N(z; mu, sigma))
-    latent_coef: float = 1.0  # weight of the policy-gradient terms of latents and stops (paper: 1)
+    latent_coef: float = 1.0  # weight of the terms of latents and stops (paper: 1; 0 with score, w_acc 0: see README)
     latent_mean: bool = False  # score: log-density averaged, not summed, over d (paper: summed)
     temperature: float = 1.0  # of answer tokens in rollouts
     max_answer: int = 16  # most answer tokens of a rollout
