@@ -554,7 +554,8 @@ def curriculum(cfg, latent, n):
 def train_supervised(cfg, name, given):
     """Curriculum from text to latents (or text alone); the trained checkpoint is in out_dir/name."""
     with begin(cfg, name, given) as (run, cfg, state, model, tokenizer, names, train, valid):
-        stages = curriculum(cfg, model.config.latent, len(train))
+        # epochs count questions that are imitated, so that every method, nocot too, makes as many steps
+        stages = curriculum(cfg, model.config.latent, min(len(train), cfg.annotated or len(train)))
         total = sum(k for _, k in stages)
         text_steps = sum(k for s, k in stages if s == 0)
         size = sum(p.numel() for p in model.policy.parameters()) / 1e6

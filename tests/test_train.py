@@ -194,6 +194,14 @@ def test_annotated_is_a_default_of_the_builtin_task_alone(vae, data, tmp_path):
     assert given("--init", str(tmp_path)) == given("--init", str(tmp_path), "--data", "builtin") == 0
 
 
+def test_answer_only_makes_as_many_steps_as_imitation(tmp_path, data, capsys):
+    for method in ("atp", "nocot"):
+        train(command(tmp_path / method, data, "--method", method, "--annotated", "16", "--cot_epochs", "1",
+                      "--epochs_per_stage", "1", "--final_epochs", "0"))
+        examples = {"atp": 16, "nocot": 57}[method]
+        assert f"{examples} examples, 8 steps of 8" in capsys.readouterr().out
+
+
 def test_data_order_is_a_function_of_seed_and_step():
     n, size = 10, 4
     stream = [i for step in range(10) for i in batch_indices(3, step, n, size)]
