@@ -392,10 +392,10 @@ def read_data(cfg, tokenizer, model, run, split):
                 f"and {len(fits) - len(usable)} without steps")
     if not usable:
         raise ValueError(f"--data {cfg.data}: no example of split {split} is left")
-    if imitates and cfg.annotated and cfg.annotated < len(usable):
-        run.say(f"{run.name}: imitates the first {cfg.annotated} of {len(usable)} training questions (--annotated)")
-        return usable[:cfg.annotated]
-    return usable
+    shown = usable[:cfg.annotated or None] if imitates else usable
+    if len(shown) < len(usable):
+        run.say(f"{run.name}: imitates the first {len(shown)} of {len(usable)} training questions (--annotated)")
+    return shown
 
 
 # --- checkpoints ---

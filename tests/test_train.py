@@ -186,9 +186,10 @@ def test_rl_continues_settings_of_the_checkpoint(vae):
 
 
 def test_annotated_is_a_default_of_the_builtin_task_alone(vae, data, tmp_path):
-    given = lambda *flags: resolve(parse([*flags])).annotated  # noqa: E731
-    default = given()
-    assert 0 < default < 40000 and given("--data", data) == 0 and given("--data", data, "--annotated", "7") == 7
+    def given(*flags):
+        return resolve(parse(flags)).annotated
+
+    assert 0 < given() < 40000 and given("--data", data) == 0 and given("--data", data, "--annotated", "7") == 7
     assert given("--init", str(vae)) == 0  # trained on `data`
     LatentReasoner.from_pretrained(find_checkpoint(vae / "vae")).policy.save_pretrained(tmp_path)
     assert given("--init", str(tmp_path)) == given("--init", str(tmp_path), "--data", "builtin") == 0
