@@ -165,7 +165,8 @@ ASIDE = {"seed", "stage", "init", "out_dir", "data_dir", "resume", "baseline", "
          "threads", "activation_checkpointing", "eval_every", "eval_size", "log_every", "save_every", "keep"}
 # those that mean nothing to a supervised run
 PLANNING = {"rl_lr", "rl_min_lr", "rl_warmup", "rl_iters", "questions_per_step", "group", "minibatch", "w_acc", "w_fmt",
-            "w_coh", "ratio_clip", "std_norm", "latent_grad", "latent_coef", "latent_mean", "temperature", "max_answer"}
+            "w_coh", "ratio_clip", "std_norm", "latent_grad", "latent_coef", "latent_mean", "kl_coef", "temperature",
+            "max_answer"}
 
 
 @dataclass

@@ -6,10 +6,12 @@ Where this departs from the paper's released code:
 2. gradients are averaged over processes (there, the RL step bypasses DDP and the processes drift apart);
 3. ratios are taken to the rollout's own log-probabilities, recorded while sampling: no second forward pass (but for
    "score" under bfloat16, see train.update);
-4. gradients can flow through the chain of latents (LogProbs).
+4. gradients can flow through the chain of latents (LogProbs);
+5. the policy can be held near the one that RL began with (divergence).
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -17,7 +19,7 @@ import torch.nn.functional as F
 
 from data import extract_answer, is_correct, numbers_equal, parse_number, parse_step, well_formed
 from model import KVCache, first
-from vae import gaussian_logp, last, precise, stop_places, stop_terms
+from vae import gaussian_kl, gaussian_logp, last, precise, stop_places, stop_terms
 
 
 # --- rewards ---
@@ -98,6 +100,16 @@ def advantages(reward, group, std=True, eps=1e-4):
 
 # --- objective ---
 
+class Terms(NamedTuple):
+    """What LogProbs gives: log-probabilities as a Rollout records them, and the distributions of its latents."""
+
+    latent: torch.Tensor | None  # (B, N, c)
+    stop: torch.Tensor | None    # (B, N + 1)
+    token: torch.Tensor          # (B, A)
+    mu: torch.Tensor | None = None      # (B, N, c, d)
+    logvar: torch.Tensor | None = None  # (B, N, c, d)
+
+
 class LogProbs(nn.Module):
     """forward(Rollout): its log-probabilities under the current weights. A module of its own, so that DDP can wrap it.
 
@@ -118,7 +130,7 @@ class LogProbs(nn.Module):
             model.latent_head.requires_grad_(False)  # fixed latents without a density
 
     def forward(self, rollout):
-        """latent (B, N, c) or None, stop (B, N + 1) or None, token (B, A): as the Rollout's own, with gradients."""
+        """Terms, with gradients; no `latent` by path, no mu and logvar where latents are not sampled."""
         policy, config = self.model.policy, self.model.config
         B, N, c, _ = rollout.z.shape
         cache = KVCache()
@@ -128,13 +140,15 @@ class LogProbs(nn.Module):
         steps, device = rollout.steps, rollout.z.device
         used, written = first(steps, N), first(rollout.lengths, rollout.tokens.shape[1])
         embed = policy.embed_tokens
-        latent = stop = None
+        latent = stop = mu = logvar = None
         if config.latent:
             ends = torch.full((B, 1), config.end_id, device=device)
             text = embed(torch.cat((ends, rollout.tokens[:, :-1]), dim=1))
             if self.path:
                 thought = self.model.think(h0, cache, steps, N, rollout.eps)
                 h = policy.hidden(embeds=text, cache=cache, valid=written)
+                if thought.logvar is not None:
+                    mu, logvar = thought.mu, thought.logvar
                 if thought.stop_logits is not None:
                     stop = stop_terms(thought.stop_logits, steps, rollout.stopped)
             else:
@@ -142,7 +156,7 @@ class LogProbs(nn.Module):
                 valid = torch.cat((used.repeat_interleave(c, dim=1), written), dim=1)
                 h = policy.hidden(embeds=inputs, cache=cache, valid=valid)
                 before, h = torch.cat((h0[:, None], h[:, :N * c]), dim=1)[:, :N * c], h[:, N * c:]
-                latent, stop = self.of_fixed(rollout, before, used)
+                latent, stop, mu, logvar = self.of_fixed(rollout, before, used)
         else:  # the first token is chosen at the end of the prefix
             h = h0[:, None]
             if rollout.tokens.shape[1] > 1:
@@ -151,11 +165,11 @@ class LogProbs(nn.Module):
         logp = F.log_softmax(precise(policy.logits(h[written])) / self.temperature, dim=-1)
         token = torch.zeros(written.shape, device=device, dtype=logp.dtype)
         token = token.masked_scatter(written, logp.gather(1, rollout.tokens[written][:, None]).squeeze(1))
-        return latent, stop, token
+        return Terms(latent, stop, token, mu, logvar)
 
     def of_fixed(self, rollout, before, used):
-        """Latent and stop terms of the latents as they were sampled; before (B, N c, d): the states before them."""
-        latent = stop = None
+        """Terms but for tokens of the latents as they were sampled; before (B, N c, d): the states before them."""
+        latent = stop = mu = logvar = None
         B, N, c, _ = rollout.z.shape
         if rollout.latent_logp is not None:
             mu, logvar = self.model.latent(before.unflatten(1, (N, c)))
@@ -166,17 +180,38 @@ class LogProbs(nn.Module):
             seen = torch.where(here[..., None], rollout.stop_z[:, None], seen)
             logits = precise(self.model.stop_head(seen.to(self.model.policy.embed_tokens.weight.dtype)))
             stop = stop_terms(logits, rollout.steps, rollout.stopped)
-        return latent, stop
+        return latent, stop, mu, logvar
+
+
+def divergence(new, reference, rollout):
+    """KL of the policy (Terms `new`) from a reference (Terms of the same Rollout), (B,): per rollout, the mean over its
+    latents, in closed form, summed over d; plus the means over its stop decisions and its answer tokens, of the
+    never-negative estimate q/p - log q/p - 1 (Schulman, http://joschu.net/blog/kl-approx.html; GRPO, arXiv 2402.03300,
+    equation 4). Latents that are not sampled have none."""
+    steps, N = rollout.steps, rollout.z.shape[1]
+    sides = []
+    if new.mu is not None:
+        used = first(steps, N)[..., None].expand(new.mu.shape[:3])
+        mu, logvar = (new.mu - reference.mu) * torch.exp(-0.5 * reference.logvar), new.logvar - reference.logvar
+        sides.append((gaussian_kl(mu, logvar) * mu.shape[-1], used))  # in the units of the reference, which is N(0, 1) there
+    choices = [(new.token, reference.token, first(rollout.lengths, new.token.shape[1]))]
+    if new.stop is not None:
+        taken = first(steps, N + 1) | stop_places(steps, rollout.stopped, N + 1)
+        choices.append((new.stop, reference.stop, taken))
+    for p, q, mask in choices:
+        ratio = (q - p).clamp(max=10)  # e^10 would already be a ruin
+        sides.append((ratio.exp() - ratio - 1, mask))
+    return sum((kl * mask).flatten(1).sum(dim=1) / mask.flatten(1).sum(dim=1).clamp(min=1) for kl, mask in sides)
 
 
 def objective(new, rollout, advantage, total, clip=0.2, latent_coef=1.0, latent_mean=False):
     """PPO-clipped loss (paper, section 3.3), this part's share of the mean over `total` rollouts, and statistics.
 
-    new: LogProbs(rollout); advantage (B,). Terms: each latent (its density, and at the first of a step
+    new: Terms; advantage (B,). Terms: each latent (its density, and at the first of a step
     log p(continue)) and the stop; each answer token. Log-ratios are clamped to +-3. Masked mean per rollout over
     latent terms and over answer terms separately, the two added. latent_mean: the density averaged, not summed,
     over the d dimensions; latent_coef: weight of the latent terms (1 and False: the paper's)."""
-    latent, stop, token = new
+    latent, stop, token = new[:3]
     steps, N, c = rollout.steps, rollout.z.shape[1], rollout.z.shape[2]
     used, written = first(steps, N), first(rollout.lengths, token.shape[1])
     sides = [(token - rollout.token_logp, written, 1.0)]

@@ -41,7 +41,7 @@ from tqdm import tqdm
 from data import BUILTIN, TEST_SETS, Parser, Tokenizer, builtin_tokenizer, encode_all, load
 from eval import evaluate, find_checkpoint, markdown, mean_figures, read_state, run_main
 from model import LLaMA, LLaMAConfig, save_tensors, write_json
-from rl import LogProbs, advantages, objective, score
+from rl import LogProbs, advantages, divergence, objective, score
 from vae import END, METHODS, START, LatentConfig, LatentReasoner, Noise, collate, target_tokens
 
 
@@ -102,6 +102,7 @@ class Config:
     latent_grad: str = "path"  # gradient of latents: path (through z = mu + sigma eps), score (of log N(z; mu, sigma))
     latent_coef: float = 1.0  # weight of the terms of latents and stops (paper: 1; 0 with score, w_acc 0: see README)
     latent_mean: bool = False  # score: log-density averaged, not summed, over d (paper: summed)
+    kl_coef: float = 0.0  # weight of the KL from the policy that RL began with (paper: none)
     temperature: float = 1.0  # of answer tokens in rollouts
     max_answer: int = 16  # most answer tokens of a rollout
     # running
@@ -676,6 +677,7 @@ def train_rl(cfg, name, given):
         if run.resumed:
             load_optimizer(optimizer, names, run.resumed)
         log_probs = LogProbs(model, cfg.temperature, cfg.latent_grad)
+        reference = make_reference(run, model) if cfg.kl_coef else None
         ddp = run.wrap(log_probs, model)
         run.say(f"{name}: {total} batches of {Q} questions x {G} rollouts, {Q * G // cfg.minibatch} optimizer steps "
                 f"each, from {cfg.init}")
@@ -688,7 +690,7 @@ def train_rl(cfg, name, given):
             chosen = batch_indices(cfg.seed + (RL_ORDER << 32), step, len(train), Q)
             lr = lr_at(step, 0, total, cfg.rl_lr, cfg.rl_min_lr, step, cfg.rl_warmup)
             step += 1
-            stats = rl_step(run, ddp, optimizer, [train[i] for i in chosen], tokenizer, step, lr)
+            stats = rl_step(run, ddp, reference, optimizer, [train[i] for i in chosen], tokenizer, step, lr)
             state |= {"step": step, "stage": "rl", "skipped": state["skipped"] + (stats["advantage"] == 0)}
             bar.update()
             bar.set_postfix({k: f"{stats[k]:.3f}" for k in ("reward", "accuracy", "coherence")},
@@ -701,7 +703,17 @@ def train_rl(cfg, name, given):
         return model, tokenizer
 
 
-def rl_step(run, ddp, optimizer, examples, tokenizer, step, lr):
+def make_reference(run, model):
+    """LogProbs of the policy that RL began with, to take a KL from. It stays as it is in cfg.init, from where a resumed
+    run reads it again."""
+    config = dataclasses.replace(model.config, decode=False)
+    start = LatentReasoner.from_pretrained(run.cfg.init, device=run.device).reconfigured(config)[0].requires_grad_(False)
+    if run.compile:
+        start.policy.compile_blocks()
+    return LogProbs(start, run.cfg.temperature)
+
+
+def rl_step(run, ddp, reference, optimizer, examples, tokenizer, step, lr):
     """Rollouts of a global batch of questions, their rewards, and the optimizer steps on them; each process takes its
     questions. Returns statistics. Where every group has one reward, there is nothing to learn and no step."""
     cfg, model, G = run.cfg, getattr(ddp, "module", ddp).model, run.cfg.group
@@ -726,18 +738,20 @@ def rl_step(run, ddp, optimizer, examples, tokenizer, step, lr):
     stats["coherence"] /= max(stats.pop("decoded"), 1 / (Q * G))  # of the plans that were decoded
     if stats["advantage"] > 0:
         model.train()
-        stats |= update(run, ddp, optimizer, rollout, advantage, lr, step, [e.example.id for e in examples])
+        stats |= update(run, ddp, reference, optimizer, rollout, advantage, lr, step, [e.example.id for e in examples])
     clock.append(time.time())
     return stats | dict(zip(("rollout_s", "score_s", "update_s"), np.round(np.diff(clock), 4).tolist()))
 
 
-def update(run, ddp, optimizer, rollout, advantage, lr, step, ids):
+def update(run, ddp, reference, optimizer, rollout, advantage, lr, step, ids):
     """Optimizer steps over one batch of rollouts. Each takes as many rollouts of every question, so that what is
     in it does not depend on the number of processes; a micro-batch is some questions with theirs."""
     cfg, G = run.cfg, rollout.group
     members = cfg.minibatch // cfg.questions_per_step
-    # where all rewards of a group are equal, nothing is learned; one question is kept for DDP to average
-    active = (advantage.view(-1, G) != 0).any(dim=1).nonzero().flatten().tolist() or [0]
+    # where all rewards of a group are equal, nothing is learned, but how near to stay to the start; one question is kept
+    # for DDP to average
+    learns = (advantage.view(-1, G) != 0).any(dim=1) | (reference is not None)
+    active = learns.nonzero().flatten().tolist() or [0]
     parts = np.array_split(active, -(-len(active) * members // max(cfg.micro_batch, members)))
     batches, stats = [], []
     for first in range(0, G, members):
@@ -749,20 +763,26 @@ def update(run, ddp, optimizer, rollout, advantage, lr, step, ids):
     again = run.bf16 and cfg.latent_grad == "score"
     for cut, _ in chain(*batches[1:]) if again else ():
         with run.autocast:
-            cut.record(*getattr(ddp, "module", ddp)(cut))
+            cut.record(getattr(ddp, "module", ddp)(cut))
     for batch in batches:
         for micro, (cut, a) in enumerate(batch):
             with ddp.no_sync() if run.world > 1 and micro + 1 < len(batch) else nullcontext():
                 with run.autocast:
                     new = ddp(cut)
                 if again and batch is batches[0]:
-                    cut.record(*new)
+                    cut.record(new)
                 loss, stat = objective(new, cut, a, cfg.minibatch, cfg.ratio_clip, cfg.latent_coef, cfg.latent_mean)
+                if reference is not None:
+                    with run.autocast, torch.no_grad():
+                        before = reference(cut)
+                    kl = divergence(new, before, cut)
+                    loss = loss + cfg.kl_coef * kl.sum() / cfg.minibatch
+                    stat["kl"] = float(kl.detach().mean())
                 (loss * run.world).backward()
             stats.append(stat)
         norm = finish_step(run, optimizer, lr, step, ids, {"objective": loss.detach()})
-    return run.mean({"grad_norm": norm, "ratio_max": max(s["ratio_max"] for s in stats),
-                     "clip_frac": float(np.mean([s["clip_frac"] for s in stats]))})
+    mean = {k: float(np.mean([s[k] for s in stats])) for k in stats[0] if k != "ratio_max"}
+    return run.mean({"grad_norm": norm, "ratio_max": max(s["ratio_max"] for s in stats), **mean})
 
 
 # --- main ---

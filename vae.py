@@ -251,9 +251,9 @@ class Rollout:
                 cut[name] = v[questions if name.startswith("prefix") else index]
         return Rollout(**{**cut, "group": group})
 
-    def record(self, latent, stop, token):
-        """Take these log-probabilities (rl.LogProbs) for those under which the rows were sampled."""
-        self.latent_logp, self.stop_logp, self.token_logp = (v if v is None else v.detach() for v in (latent, stop, token))
+    def record(self, terms):
+        """Take these log-probabilities (rl.Terms) for those under which the rows were sampled."""
+        self.latent_logp, self.stop_logp, self.token_logp = (v if v is None else v.detach() for v in terms[:3])
 
 
 def generate(model, h, cache, eos_id, max_tokens, uniform=None, temperature=1.0):

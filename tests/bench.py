@@ -188,7 +188,7 @@ def rl(name, args, seconds=20.0, **changes):
     times, end = [], None
     for step in range(1, 10_000):
         batch = b.batch(step, Q)
-        stats = rl_step(b.run, ddp, optimizer, batch, b.tokenizer, step, 1e-9)
+        stats = rl_step(b.run, ddp, None, optimizer, batch, b.tokenizer, step, 1e-9)
         times.append(stats | full_update(b, ddp, optimizer, batch, step))
         end = end or time.time() + seconds
         if time.time() > end and len(times) > 2:
@@ -214,7 +214,7 @@ def full_update(b, ddp, optimizer, batch, step):
     rollout = b.model.rollout([e.question for e in batch], G, noise_of(b, Q * G, step), b.run.cfg.max_answer)
     advantage = torch.randn(Q * G, generator=generator(1, step)).to(b.device)
     b.model.train()
-    work = lambda: update(b.run, ddp, optimizer, rollout, advantage, 1e-9, step, [])
+    work = lambda: update(b.run, ddp, None, optimizer, rollout, advantage, 1e-9, step, [])
     return {"update_s": timed(work, b.device)}
 
 
@@ -409,7 +409,7 @@ def signal(path, questions=512, group=8):
             result = score(model, rollout, [e.example for e in part], tokenizer, *weights)
             a = advantages(result.reward, group)[:, None] / (questions * group)
             for grad in ("score", "path"):
-                latent, stop, token = LogProbs(model, latent_grad=grad)(rollout)
+                latent, stop, token, *_ = LogProbs(model, latent_grad=grad)(rollout)
                 for term, logp, n in (("answer", token, rollout.lengths), ("stop", stop, rollout.steps + 1),
                                       ("latent", latent, rollout.steps * model.config.thoughts_per_step)):
                     if logp is None:

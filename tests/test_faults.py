@@ -196,13 +196,14 @@ assert not any("gloo" in name for name in threads), threads  # they could abort 
 
 
 def test_fewer_examples_than_processes_and_unlike_shares(tmp_path, warm, data):
-    """One example to train on, one to validate with; 3 questions of RL, all groups of one process without variance."""
+    """One example to train on, one to validate with; 3 questions of RL, all groups of one process without variance
+    (and no divergence to learn from)."""
     two = tmp_path / "two.txt"
     two.write_text("".join(Path(data).read_text().splitlines(keepends=True)[:2]))
     two = str(two)
     vae = ["--max_iters", "4", "--eval_every", "2", "--batch_size", "5", "--micro_batch", "2"]
     rl = ["--max_iters", "2", "--questions_per_step", "3", "--minibatch", "6", "--micro_batch", "2"]
-    rl += ["--init", str(warm)]
+    rl += ["--init", str(warm), "--kl_coef", "0"]
     body = JOIN + f"""
 train.main({command(tmp_path / "a", two, *vae)!r})
 real = train.score

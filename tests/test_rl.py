@@ -8,7 +8,8 @@ import pytest
 import torch
 import train
 from data import Example
-from rl import LogProbs, advantages, coherence, objective, score
+from model import first
+from rl import LogProbs, advantages, coherence, divergence, objective, score
 from vae import Noise, collate
 
 S = "<<48/2=24>>"
@@ -95,13 +96,18 @@ def test_teacher_forced_equals_rollout(method, parts, temperature, grad):
         assert len(set(rollout.steps.tolist())) > 2
         # the latent at which the longest plan was stopped is in no plan
         assert (rollout.stopped & (rollout.steps == rollout.z.shape[1])).any()
-    latent, stop, token = LogProbs(model, temperature, grad)(rollout)
+    latent, stop, token, mu, logvar = LogProbs(model, temperature, grad)(rollout)
     torch.testing.assert_close(token, rollout.token_logp, atol=2e-4, rtol=1e-4)
     assert latent is None or grad == "score"
     for got, want in ((latent, rollout.latent_logp if grad == "score" else None), (stop, rollout.stop_logp)):
         assert (got is None) == (want is None)
         if got is not None:
             torch.testing.assert_close(got, want, atol=3e-3, rtol=1e-4)
+    assert (mu is None) == (logvar is None) == (rollout.latent_logp is None)
+    if mu is not None:
+        used = first(rollout.steps, mu.shape[1])
+        z = mu + torch.exp(0.5 * logvar) * rollout.eps[:, :mu.shape[1]]
+        torch.testing.assert_close(z[used], rollout.z[used], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("grad", ("path", "score"))
@@ -126,7 +132,7 @@ def test_path_gradient_equals_finite_differences(method, parts):
     weigh = lambda stop, token: token.mul(a).sum() + (0 if stop is None else stop.mul(b[:, :stop.shape[1]]).sum())
     rollout = sample()
     a, b = torch.randn(12, 1, dtype=torch.double), torch.randn(12, 9, dtype=torch.double)
-    _, stop, token = LogProbs(model, latent_grad="path")(rollout)
+    _, stop, token, *_ = LogProbs(model, latent_grad="path")(rollout)
     weigh(stop, token).backward()
     step, checked = 1e-6, 0
     for number, (name, p) in enumerate(model.named_parameters()):
@@ -178,7 +184,7 @@ def test_both_gradients_are_of_the_expected_reward():
         parts = []
         for part in torch.arange(rows).split(rows // 20):
             cut = rollout.rows(part)
-            logp = sum(v.flatten(1).sum(dim=1) for v in LogProbs(model, latent_grad=grad)(cut) if v is not None)
+            logp = sum(v.flatten(1).sum(dim=1) for v in LogProbs(model, latent_grad=grad)(cut)[:3] if v is not None)
             parts.append(torch.autograd.grad((logp * reward[part]).mean(), model.latent_head.mu.weight)[0].flatten())
         gradients[grad] = torch.stack(parts)
     along = gradients["path"].mean(dim=0) / gradients["path"].mean(dim=0).norm()
@@ -199,7 +205,7 @@ def test_first_gradient_is_the_policy_gradient(grad):
     assert stats["clip_frac"] == 0 and math.isclose(stats["ratio_max"], 1, abs_tol=1e-2)
     got = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    latent, stop, token = log_probs(rollout)
+    latent, stop, token, *_ = log_probs(rollout)
     total = 0
     for b in range(12):
         n, m = int(rollout.steps[b]), int(rollout.lengths[b])
@@ -229,7 +235,7 @@ def test_update_leaves_out_groups_of_equal_rewards(monkeypatch, grad):
     monkeypatch.setattr(train, "finish_step", lambda *_: got.update(
         {n: p.grad for n, p in model.named_parameters() if p.grad is not None}) or 1.0)
     cfg = train.Config(questions_per_step=4, group=4, minibatch=16, micro_batch=8)
-    train.update(train.Run(cfg, "rl"), log_probs, None, rollout, advantage, 0.0, 1, [])
+    train.update(train.Run(cfg, "rl"), log_probs, None, None, rollout, advantage, 0.0, 1, [])
     assert seen == [8, 4]
     model.zero_grad()
     objective(LogProbs(model, latent_grad=grad)(rollout), rollout, advantage, 16)[0].backward()
@@ -237,6 +243,61 @@ def test_update_leaves_out_groups_of_equal_rewards(monkeypatch, grad):
         assert (p.grad is None) == (name not in got)
         if p.grad is not None:
             torch.testing.assert_close(got[name], p.grad, atol=1e-3, rtol=1e-3, msg=lambda m: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("grad", ("path", "score"))
+@pytest.mark.parametrize("method, parts", [("atp", {}), ("atp", {"vae": False}), ("atp", {"stop": False}), ("nocot", {})])
+def test_divergence_equals_its_definition(method, parts, grad):
+    """A loop over rows, with torch.distributions for the latents; none of a policy from itself."""
+    model, rollout = make(method, **parts)
+    model.requires_grad_(False)
+    new = LogProbs(model, latent_grad=grad)(rollout)
+    ref = LogProbs(naive.tiny(method, seed=4, **parts).requires_grad_(False))(rollout)
+    estimate = lambda p, q: math.exp(q - p) - (q - p) - 1
+    for row, got in enumerate(divergence(new, ref, rollout).tolist()):
+        n, m, want = int(rollout.steps[row]), int(rollout.lengths[row]), 0.0
+        if new.mu is not None and n:
+            p, q = (torch.distributions.Normal(t.mu[row, :n], (t.logvar[row, :n] / 2).exp()) for t in (new, ref))
+            want += float(torch.distributions.kl_divergence(p, q).sum(-1).mean())
+        for a, b, k in ((new.stop, ref.stop, n + int(rollout.stopped[row])), (new.token, ref.token, m)):
+            if a is not None and k:
+                want += sum(map(estimate, a[row, :k].tolist(), b[row, :k].tolist())) / k
+        assert math.isclose(got, want, rel_tol=1e-4)
+    start = divergence(new, LogProbs(model)(rollout), rollout)
+    torch.testing.assert_close(start, torch.zeros(12), atol=1e-5, rtol=0)
+
+
+def test_divergence_is_the_kl_on_average():
+    """Of the first answer token, over 20,000 samples."""
+    model, other = (naive.tiny("nocot").requires_grad_(False) for _ in range(2))
+    other.policy.embed_tokens.weight += 0.1 * torch.randn(43, 16)
+    noise = Noise.draw(20000, model.config, 16, 1, torch.Generator().manual_seed(1))
+    rollout = model.rollout([[1, 2, 3]], 20000, noise, 1)
+    kl = divergence(LogProbs(model)(rollout), LogProbs(other)(rollout), rollout)
+    p, q = (torch.distributions.Categorical(logits=m(torch.tensor([[1, 2, 3]]))[0, -1]) for m in (model.policy, other.policy))
+    want, error = float(torch.distributions.kl_divergence(p, q)), float(kl.std() / 20000**0.5)
+    assert abs(float(kl.mean()) - want) < 4 * error and 10 * error < want
+
+
+@pytest.mark.parametrize("grad", ("path", "score"))
+def test_update_adds_the_divergence_of_all_groups(monkeypatch, grad):
+    """Of those too whose rewards are equal, over micro-batches."""
+    model, rollout = make(group=4)
+    advantage = torch.randn(16)
+    advantage[4:8] = 0
+    log_probs, reference, got = LogProbs(model, latent_grad=grad), LogProbs(naive.tiny(seed=4)).requires_grad_(False), {}
+    monkeypatch.setattr(train, "finish_step", lambda *_: got.update(
+        {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}) or 1.0)
+    cfg = train.Config(questions_per_step=4, group=4, minibatch=16, micro_batch=8, kl_coef=0.3)
+    stats = train.update(train.Run(cfg, "rl"), log_probs, reference, None, rollout, advantage, 0.0, 1, [])
+    model.zero_grad()
+    new = log_probs(rollout)
+    kl = divergence(new, reference(rollout), rollout).mean()
+    (objective(new, rollout, advantage, 16)[0] + 0.3 * kl).backward()
+    assert math.isclose(stats["kl"], kl.item(), rel_tol=1e-4)
+    for name, g in got.items():
+        scale = float(g.abs().max())
+        torch.testing.assert_close(g, dict(model.named_parameters())[name].grad, atol=1e-3 * scale, rtol=1e-3, msg=lambda m: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
@@ -255,7 +316,7 @@ def test_update_under_autocast(monkeypatch, grad, dtype):
         rollout.latent_logp += 5 * torch.randn(rollout.latent_logp.shape)
     monkeypatch.setattr(train, "finish_step", lambda *_: 1.0)
     cfg = train.Config(questions_per_step=4, group=4, minibatch=8, micro_batch=4, dtype=dtype, latent_grad=grad)
-    stats = train.update(train.Run(cfg, "rl"), log_probs, None, rollout, advantage, 0.0, 1, [])
+    stats = train.update(train.Run(cfg, "rl"), log_probs, None, None, rollout, advantage, 0.0, 1, [])
     if (grad, dtype) == ("score", "float32"):
         assert stats["clip_frac"] > 0.2  # exact passes: what was recorded counts
         return

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--hidden_size", "16", "--layers", "1", "--heads", "2", "--intermediate_size", "24", "--batch_size", "8",
          "--micro_batch", "8", "--max_steps", "3", "--eval_every", "0", "--eval_size", "4", "--log_every", "1",
          "--threads", "1", "--warmup", "2", "--questions_per_step", "4", "--group", "4", "--minibatch", "8",
-         "--rl_lr", "1e-3", "--rl_warmup", "1"]
+         "--rl_lr", "1e-3", "--rl_warmup", "1", "--kl_coef", "0.05"]
 
 
 def command(out, data, *flags, stage="vae"):
