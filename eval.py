@@ -57,7 +57,7 @@ def token_limit(model, longest):
 
 @torch.no_grad()
 def evaluate(model, tokenizer, encoded, batch_size=128, samples=0, seed=0, max_tokens=160, temperature=1.0,
-             progress=None):
+             latent_temperature=1.0, progress=None):
     """Figures of a list of data.Encoded questions (a dict of numbers), and what became of each (a list of dicts).
 
     accuracy, coherence: 0 to 1; tokens: latents used + answer tokens without <eos>, mean per question; pass@j: unbiased
@@ -93,7 +93,7 @@ def evaluate(model, tokenizer, encoded, batch_size=128, samples=0, seed=0, max_t
         batch = [encoded[i] for i in part]
         generator = torch.Generator().manual_seed(seed * 1_000_003 + part[0])
         noise = Noise.draw(len(batch) * samples, config, model.policy.config.hidden_size, limit, generator)
-        rollout = model.rollout([e.question for e in batch], samples, noise, limit, temperature)
+        rollout = model.rollout([e.question for e in batch], samples, noise, limit, temperature, latent_temperature)
         texts, _ = answer_texts(rollout, tokenizer, config.eos_id)
         for j, e in enumerate(batch):
             mine = texts[j * samples:(j + 1) * samples]
@@ -154,7 +154,8 @@ def measure(ckpt, sets, args):
             print(f"{name}: {skipped} questions are longer than the context and were left out", file=sys.stderr)
         with tqdm(total=len(encoded) * (2 if args.samples else 1), desc=name, disable=None, leave=False) as bar:
             benchmarks[name], answered[name] = evaluate(model, tokenizer, encoded, args.batch_size, args.samples,
-                                                        args.seed, args.max_tokens, args.temperature, bar)
+                                                        args.seed, args.max_tokens, args.temperature,
+                                                        args.latent_temperature, bar)
     return benchmarks, answered
 
 
@@ -166,7 +167,7 @@ ASIDE = {"seed", "stage", "init", "out_dir", "data_dir", "resume", "baseline", "
 # those that mean nothing to a supervised run
 PLANNING = {"rl_lr", "rl_min_lr", "rl_warmup", "rl_iters", "questions_per_step", "group", "minibatch", "w_acc", "w_fmt",
             "w_coh", "ratio_clip", "std_norm", "latent_grad", "latent_coef", "latent_mean", "kl_coef", "temperature",
-            "max_answer"}
+            "latent_temperature", "max_answer"}
 
 
 @dataclass
@@ -383,6 +384,8 @@ def main(argv=None):
     p.add_argument("--samples", type=int, default=0, help="k sampled rollouts a question: adds pass@k and maj@k (0)")
     p.add_argument("--temperature", type=float, default=1.0, help="of the answer tokens of samples; 0: only latents and "
                    "stops are sampled (1)")
+    p.add_argument("--latent_temperature", type=float, default=1.0, help="of the latents of samples: times sigma; 0: only "
+                   "stops and answers are sampled (1)")
     p.add_argument("--batch_size", type=int, default=128, help="rollouts in one pass (128)")
     p.add_argument("--max_tokens", type=int, default=160, help="longest written chain of thought, text methods (160)")
     p.add_argument("--explain", type=int, default=0, help="print N questions of each set with the plan in words (0)")
@@ -400,8 +403,9 @@ def main(argv=None):
     for name in ("limit", "samples", "explain"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name} must not be negative")
-    if not 0 <= args.temperature < math.inf:
-        raise ValueError("--temperature must not be negative")
+    for name in ("temperature", "latent_temperature"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise ValueError(f"--{name} must not be negative")
     if args.batch_size < 1 or args.max_tokens < 1:
         raise ValueError("--batch_size and --max_tokens must be at least 1")
     if args.plot:

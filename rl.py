@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from data import extract_answer, is_correct, numbers_equal, parse_number, parse_step, well_formed
 from model import KVCache, first
-from vae import gaussian_kl, gaussian_logp, last, precise, stop_places, stop_terms
+from vae import gaussian_kl, gaussian_logp, last, precise, stop_places, stop_terms, widened
 
 
 # --- rewards ---
@@ -121,10 +121,10 @@ class LogProbs(nn.Module):
     it says of the choices. (score leaves out the density of the latent at which a row stopped.) tests/bench.py
     --signal measures both: the latents' term of score is nearly all noise."""
 
-    def __init__(self, model, temperature=1.0, latent_grad="score"):
+    def __init__(self, model, temperature=1.0, latent_grad="score", latent_temperature=1.0):
         super().__init__()
         self.model = model
-        self.temperature = temperature
+        self.temperature, self.latent_temperature = temperature, latent_temperature
         self.path = latent_grad == "path"
         if not self.path and model.latent_head is not None and not model.config.vae:
             model.latent_head.requires_grad_(False)  # fixed latents without a density
@@ -173,7 +173,8 @@ class LogProbs(nn.Module):
         B, N, c, _ = rollout.z.shape
         if rollout.latent_logp is not None:
             mu, logvar = self.model.latent(before.unflatten(1, (N, c)))
-            latent = gaussian_logp(rollout.z, mu, logvar) * used[..., None]
+            wide = widened(logvar, self.latent_temperature)
+            latent = gaussian_logp(rollout.z, mu, wide) * used[..., None]
         if rollout.stop_logp is not None:
             seen = torch.cat((rollout.z[:, :, 0], torch.zeros_like(rollout.stop_z)[:, None]), dim=1)  # (B, N + 1, d)
             here = stop_places(rollout.steps, rollout.stopped, N + 1)

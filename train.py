@@ -104,6 +104,7 @@ class Config:
     latent_mean: bool = False  # score: log-density averaged, not summed, over d (paper: summed)
     kl_coef: float = 0.0  # weight of the KL from the policy that RL began with (paper: none)
     temperature: float = 1.0  # of answer tokens in rollouts
+    latent_temperature: float = 1.0  # of latents in rollouts: times sigma (paper: 1)
     max_answer: int = 16  # most answer tokens of a rollout
     # running
     eval_every: int = 250  # optimizer steps between validations (0: only at the end)
@@ -201,8 +202,9 @@ def check(cfg):
     if cfg.minibatch % cfg.questions_per_step or (cfg.questions_per_step * cfg.group) % cfg.minibatch:
         raise ValueError(f"--minibatch {cfg.minibatch} must be --questions_per_step {cfg.questions_per_step} times a "
                          f"divisor of --group {cfg.group}: an optimizer step takes as many rollouts of every question")
-    if cfg.temperature <= 0:
-        raise ValueError("--temperature must be positive")
+    for name in ("temperature", "latent_temperature"):
+        if getattr(cfg, name) <= 0:
+            raise ValueError(f"--{name} must be positive")
     if cfg.thoughts_per_step * cfg.max_steps >= cfg.context:
         raise ValueError(f"--thoughts_per_step {cfg.thoughts_per_step} times --max_steps {cfg.max_steps}: no room in "
                          f"--context {cfg.context}")
@@ -676,7 +678,7 @@ def train_rl(cfg, name, given):
         optimizer = make_optimizer(model, cfg)
         if run.resumed:
             load_optimizer(optimizer, names, run.resumed)
-        log_probs = LogProbs(model, cfg.temperature, cfg.latent_grad)
+        log_probs = LogProbs(model, cfg.temperature, cfg.latent_grad, cfg.latent_temperature)
         reference = make_reference(run, model) if cfg.kl_coef else None
         ddp = run.wrap(log_probs, model)
         run.say(f"{name}: {total} batches of {Q} questions x {G} rollouts, {Q * G // cfg.minibatch} optimizer steps "
@@ -724,7 +726,8 @@ def rl_step(run, ddp, reference, optimizer, examples, tokenizer, step, lr):
     clock = [time.time()]
     model.eval()
     with run.autocast:
-        rollout = model.rollout([examples[i].question for i in mine], G, noise, cfg.max_answer, cfg.temperature)
+        rollout = model.rollout([examples[i].question for i in mine], G, noise, cfg.max_answer, cfg.temperature,
+                                cfg.latent_temperature)
         clock.append(time.time())
         result = score(model, rollout, [examples[i].example for i in mine], tokenizer, cfg.w_acc, cfg.w_fmt, cfg.w_coh)
     clock.append(time.time())

@@ -92,6 +92,11 @@ def gaussian_logp(z, mu, logvar):
     return -0.5 * ((z - mu) ** 2 * torch.exp(-logvar) + logvar + math.log(2 * math.pi)).sum(dim=-1)
 
 
+def widened(logvar, temperature):
+    """log variance of what is sampled with `temperature` times sigma (0: greedy, of which there is no density)."""
+    return logvar + 2 * math.log(temperature or 1)
+
+
 def gaussian_kl(mu, logvar):
     """KL(N(mu, exp(logvar)) || N(0, 1)), mean over the last dimension."""
     return 0.5 * (mu**2 + logvar.exp() - logvar - 1).mean(dim=-1)
@@ -237,7 +242,7 @@ class Rollout:
     latent_logp: torch.Tensor | None  # (B, N, c)
     stop_logp: torch.Tensor | None    # (B, N + 1): continue at steps 0 .. steps - 1, stop at `steps`
     token_logp: torch.Tensor | None  # (B, A)
-    eps: torch.Tensor | None    # (B, K, c, d) the noise that its latents were drawn with
+    eps: torch.Tensor | None    # (B, K, c, d) what its latents were drawn with: z = mu + sigma eps
     sigma: float = 0.0          # mean over the latents used
 
     def rows(self, index):
@@ -463,21 +468,22 @@ class LatentReasoner(nn.Module):
         return LinearCrossEntropy.apply(h[at], self.decoder.output_weight, batch.decode[at], batch.decode_weight[at])
 
     @torch.no_grad()
-    def rollout(self, questions, group=1, noise=None, max_tokens=16, temperature=1.0):
+    def rollout(self, questions, group=1, noise=None, max_tokens=16, temperature=1.0, latent_temperature=1.0):
         """Answer each question (lists of ids as in data.Encoded) `group` times, batched and KV-cached; the question
         is read once for its whole group. noise: a Noise for Q x group rows; None: greedy (z = mu, stop where
-        p(stop) > 1/2, argmax; paper, section 4). temperature: of sampled answer tokens, 0: argmax. Text methods write
-        their chain of thought: raise max_tokens."""
+        p(stop) > 1/2, argmax; paper, section 4). temperature: of sampled answer tokens, 0: argmax. latent_temperature:
+        times sigma. Text methods write their chain of thought: raise max_tokens."""
         device = self.policy.embed_tokens.weight.device
         start = [self.config.start_id] if self.config.latent else []
         prefix, valid = (t.to(device) for t in pad([q + start for q in questions]))
         noise = noise and noise.to(device)
+        eps = noise and noise.latent * latent_temperature
         cache = KVCache()
         h = last(self.policy.hidden(prefix, cache=cache, valid=valid), valid).repeat_interleave(group, dim=0)
         cache.expand(group)
         B, c = len(h), self.config.thoughts_per_step
         if self.config.latent:
-            t = self.think(h, cache, eps=noise and noise.latent, uniform=noise and noise.stop)
+            t = self.think(h, cache, eps=eps, uniform=noise and noise.stop)
             end = torch.full((B, 1), self.config.end_id, device=device)
             h = self.policy.hidden(end, cache=cache)[:, 0]
         else:
@@ -489,12 +495,12 @@ class LatentReasoner(nn.Module):
         latent_logp = stop_logp = None
         sigma = 0.0
         if t.logvar is not None:
-            latent_logp = gaussian_logp(t.z, t.mu, t.logvar) * used[..., None]
+            latent_logp = gaussian_logp(t.z, t.mu, widened(t.logvar, latent_temperature)) * used[..., None]
             sigma = float((t.logvar * 0.5).exp()[used].mean()) if bool(used.any()) else 0.0
         if t.stop_logits is not None:
             stop_logp = stop_terms(t.stop_logits, t.steps, t.stopped)
         return Rollout(prefix, valid, group, precise(t.z), t.steps, t.stopped, t.stop_z, tokens, lengths, latent_logp,
-                       stop_logp, token_logp, noise and noise.latent, sigma)
+                       stop_logp, token_logp, eps, sigma)
 
     @torch.no_grad()
     def decode_steps(self, z, steps, max_tokens=16, rows=512):

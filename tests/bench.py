@@ -3,6 +3,7 @@
     python tests/bench.py                                   all workloads (about 15 minutes on 2 cores)
     python tests/bench.py --workloads E T --json bench.json
     python tests/bench.py --signal out/vae                  how much of RL's gradients there is signal (2 minutes)
+    python tests/bench.py --diversity out/vae out/rl        how unlike a question's samples are (2 minutes each)
 
 S   SmolLM2-135M's shape, batch 8, up to 4 steps of 2 latents (its real weights and tokenizer from --smollm2 DIR)
 T   a small LLaMA with a big vocabulary (256 wide, 4 layers, 49152 tokens), batch 32, up to 8 steps of 2 latents
@@ -37,10 +38,10 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import Encoded, Tokenizer, builtin_tokenizer, encode_all, load  # noqa: E402
-from eval import evaluate, find_checkpoint, markdown, read_state  # noqa: E402
+from data import TEST_SETS, Encoded, Tokenizer, builtin_tokenizer, encode_all, is_correct, load  # noqa: E402
+from eval import evaluate, find_checkpoint, markdown, read_state, spread  # noqa: E402
 from model import LLaMA, LLaMAConfig, write_json  # noqa: E402
-from rl import LogProbs, advantages, score  # noqa: E402
+from rl import LogProbs, advantages, answer_texts, plan_texts, score  # noqa: E402
 from train import (Config, Run, batch_indices, generator, make_optimizer, reuse_memory, rl_step,  # noqa: E402
                    supervised_step, update)
 from vae import END, METHODS, START, LatentConfig, LatentReasoner, Noise, remaining_text  # noqa: E402
@@ -425,6 +426,35 @@ def signal(path, questions=512, group=8):
     return [(*key, float(one[key].norm()), float(torch.cosine_similarity(one[key], two[key], dim=0))) for key in one]
 
 
+def diversity(paths, samples=32, limit=100):
+    """Rows (method, what is sampled, ...) of how unlike the samples of a question are: distinct plans in the decoder's
+    words, distinct answers, pass@1 and pass@`samples`, over the first `limit` questions of each built-in test set; of
+    checkpoints of one method (its seeds), mean and deviation."""
+    questions, found = [e for name in TEST_SETS for e in load(name, "test")[:limit]], {}
+    for path in paths:
+        ckpt = find_checkpoint(path)
+        state = read_state(ckpt)
+        model, tokenizer = LatentReasoner.from_pretrained(ckpt).eval(), Tokenizer.from_pretrained(ckpt)
+        encoded, _ = encode_all(questions, tokenizer, model.policy.config.max_position_embeddings)
+        noise = Noise.draw(len(encoded) * samples, model.config, model.policy.config.hidden_size, 16, generator(0))
+        ways = {"answers": (1, 0)}  # temperatures of answers and latents
+        if model.config.vae:
+            ways |= {"latents": (0, 1), "both": (1, 1), "latents, 3 sigma": (0, 3), "both, 3 sigma": (1, 3)}
+        for way, temperatures in ways.items():
+            sums = np.zeros(4)
+            for i, e in enumerate(encoded):
+                own = noise[i * samples:(i + 1) * samples]
+                rollout = model.rollout([e.question], samples, own, 16, *temperatures)
+                texts, _ = answer_texts(rollout, tokenizer, model.config.eos_id)
+                plans = plan_texts(model, rollout.z, rollout.steps, tokenizer) if model.config.decode else []
+                right = sum(is_correct(t, e.example) for t in texts)
+                sums += len(set(map(tuple, plans))), len(set(texts)), right / samples, right > 0
+            kind = state["config"]["method"] + (" + rl" if state.get("stage") == "rl" else "")
+            found.setdefault((kind, way), []).append(sums / len(encoded))
+    return [[*key, *(spread([f[j] for f in all], scale, 1) for j, scale in enumerate((1, 1, 100, 100)))]
+            for key, all in found.items()]
+
+
 # --- one process a measurement, and the tables ---
 
 def worker(job, args):
@@ -489,6 +519,7 @@ def main():
     p.add_argument("--compile", default="auto")
     p.add_argument("--threads", type=int, default=0)
     p.add_argument("--signal", metavar="DIR", help="only this, of a checkpoint of --stage vae")
+    p.add_argument("--diversity", nargs="+", metavar="DIR", help="only this, of checkpoints trained on the built-in task")
     p.add_argument("--json", metavar="FILE", help="write all figures there")
     p.add_argument("--worker", help=argparse.SUPPRESS)
     args = p.parse_args()
@@ -502,6 +533,10 @@ def main():
     if args.signal:
         print(markdown(["latent_grad", "term", "norm", "cosine"],
                        [[grad, term, f"{norm:.3g}", f"{cos:.3f}"] for grad, term, norm, cos in signal(args.signal)]))
+        return
+    if args.diversity:
+        print(markdown(["", "sampled", "distinct plans of 32", "distinct answers of 32", "pass@1 %", "pass@32 %"],
+                       diversity(args.diversity)))
         return
     results = {}
     for w in args.workloads:

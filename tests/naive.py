@@ -59,7 +59,7 @@ def pick(logits, u):
     return len(p) - 1
 
 
-def rollout(model, question, noise=None, row=0, max_tokens=16, temperature=1.0):
+def rollout(model, question, noise=None, row=0, max_tokens=16, temperature=1.0, latent_temperature=1.0):
     """One question, one row: latents (list of (c, d)), answer tokens, and each decision's log-probability."""
     cfg, policy = model.config, model.policy
     seq = embed(policy, question + ([cfg.start_id] if cfg.latent else []))
@@ -70,11 +70,11 @@ def rollout(model, question, noise=None, row=0, max_tokens=16, temperature=1.0):
             h = read(policy, seq)
             if cfg.head:
                 mu, logvar = model.latent_head(h)
-                z = mu
-                if cfg.vae and noise is not None:
-                    z = mu + (logvar / 2).exp() * noise.latent[row, k, j]
+                z, sigma = mu, (logvar / 2).exp() * (latent_temperature or 1)
+                if cfg.vae and noise is not None and latent_temperature:
+                    z = mu + sigma * noise.latent[row, k, j]
                 if cfg.vae:
-                    normal = torch.distributions.Normal(mu, (logvar / 2).exp())
+                    normal = torch.distributions.Normal(mu, sigma)
                     logps.append(float(normal.log_prob(z).sum()))
             else:
                 z = h

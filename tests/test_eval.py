@@ -142,5 +142,6 @@ def test_samples_at_temperature_0_differ_by_their_latents_alone(runs, tmp_path, 
         assert figures["accuracy"] == 1
         share[temperature] = figures["pass@1"]
     assert share["0"] == 1 > share["1"]
-    with pytest.raises(ValueError, match="--temperature"):
-        main(["--ckpt", str(tmp_path), "--temperature", "-1"])
+    for flag in ("--temperature", "--latent_temperature"):
+        with pytest.raises(ValueError, match=flag):
+            main(["--ckpt", str(tmp_path), flag, "-1"])

@@ -80,23 +80,24 @@ def test_score():
     assert a.tolist() == b.tolist() == [1.5, 1.0, 0.0, 0.0]
 
 
-def make(method="atp", group=3, K=3, seed=3, temperature=1.0, questions=4, **parts):
+def make(method="atp", group=3, K=3, seed=3, temperature=1.0, questions=4, latent_temperature=1.0, **parts):
     model = naive.tiny(method, K=K, seed=seed, **parts)
     noise = Noise.draw(questions * group, model.config, 16, 5, torch.Generator().manual_seed(2))
-    return model, model.rollout([e.question for e in naive.examples(questions)], group, noise, 5, temperature)
+    return model, model.rollout([e.question for e in naive.examples(questions)], group, noise, 5, temperature,
+                                latent_temperature)
 
 
 @pytest.mark.parametrize("method, parts", [("atp", {}), ("atp", {"stop": False}), ("atp", {"vae": False}), ("simcot", {}), ("nocot", {})])
-@pytest.mark.parametrize("temperature", (1.0, 0.5))
+@pytest.mark.parametrize("temperature, latent_temperature", [(1.0, 1.0), (0.5, 1.7)])
 @pytest.mark.parametrize("grad", ("path", "score"))
-def test_teacher_forced_equals_rollout(method, parts, temperature, grad):
+def test_teacher_forced_equals_rollout(method, parts, temperature, latent_temperature, grad):
     """The log-probabilities are those that were recorded one position at a time."""
-    model, rollout = make(method, K=8, temperature=temperature, **parts)
+    model, rollout = make(method, K=8, temperature=temperature, latent_temperature=latent_temperature, **parts)
     if method == "atp" and not parts:
         assert len(set(rollout.steps.tolist())) > 2
         # the latent at which the longest plan was stopped is in no plan
         assert (rollout.stopped & (rollout.steps == rollout.z.shape[1])).any()
-    latent, stop, token, mu, logvar = LogProbs(model, temperature, grad)(rollout)
+    latent, stop, token, mu, logvar = LogProbs(model, temperature, grad, latent_temperature)(rollout)
     torch.testing.assert_close(token, rollout.token_logp, atol=2e-4, rtol=1e-4)
     assert latent is None or grad == "score"
     for got, want in ((latent, rollout.latent_logp if grad == "score" else None), (stop, rollout.stop_logp)):

@@ -230,7 +230,8 @@ def run(script, *args):
     (["--init", "nowhere"], "nowhere"), (["--stage", "rl", "--out_dir", "nowhere"], "nowhere"), (["--heads", "5"], "--heads"),
     (["--minibatch", "7"], "--minibatch"), (["--group", "1"], "--group"), (["--lr", "nan"], "--lr"), (["--lr", "-1"], "--lr"),
     (["--data", "nothing"], "nothing"), (["--stage", "vae", "--data", "gsm8k", "--data_dir", "nowhere"], "data.py gsm8k"),
-    (["--batch_size", "0"], "--batch_size"), (["--max_steps", "256"], "--max_steps"),
+    (["--batch_size", "0"], "--batch_size"), (["--latent_temperature", "0"], "--latent_temperature"),
+    (["--max_steps", "256"], "--max_steps"),
 ])
 def test_user_errors_of_train(args, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

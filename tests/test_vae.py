@@ -16,13 +16,13 @@ def draw(model, rows, max_tokens=16, seed=1):
     return Noise.draw(rows, model.config, model.policy.config.hidden_size, max_tokens, torch.Generator().manual_seed(seed))
 
 
-def compare(model, questions, group, noise, max_tokens=6, temperature=1.0):
+def compare(model, questions, group, noise, max_tokens=6, temperature=1.0, latent_temperature=1.0):
     """The batched rollout equals one naive rollout a row. Returns how many steps each row took."""
     with torch.no_grad():
-        out = model.rollout(questions, group, noise, max_tokens, temperature)
+        out = model.rollout(questions, group, noise, max_tokens, temperature, latent_temperature)
         for b in range(len(questions) * group):
             plan, tokens, latent_logp, stop_logp, token_logp = naive.rollout(
-                model, questions[b // group], noise, b, max_tokens, temperature or 1e-6)
+                model, questions[b // group], noise, b, max_tokens, temperature or 1e-6, latent_temperature)
             n = len(plan)
             assert int(out.steps[b]) == n
             if n:
@@ -49,10 +49,11 @@ def test_rollout_equals_naive(method, sampled):
         compare(model, questions, 3 if sampled else 1, draw(model, 15) if sampled else None)
 
 
-@pytest.mark.parametrize("temperature", (0.7, 0.0))
-def test_rollout_rows_stop_at_different_steps(temperature):
+@pytest.mark.parametrize("temperature, latent_temperature", [(0.7, 1.0), (0.0, 1.0), (1.0, 1.7), (1.0, 0.0)])
+def test_rollout_rows_stop_at_different_steps(temperature, latent_temperature):
     model = naive.tiny(K=4, seed=3)
-    steps = compare(model, [e.question for e in naive.examples(8)], 4, draw(model, 32), temperature=temperature)
+    steps = compare(model, [e.question for e in naive.examples(8)], 4, draw(model, 32), 6, temperature,
+                    latent_temperature)
     assert set(steps.tolist()) >= {0, 1, 2, 4}, "the case is only worth something when the rows differ"
 
 
