@@ -200,8 +200,8 @@ def divergence(new, reference, rollout):
         taken = first(steps, N + 1) | stop_places(steps, rollout.stopped, N + 1)
         choices.append((new.stop, reference.stop, taken))
     for p, q, mask in choices:
-        ratio = (q - p).clamp(max=10)  # e^10 would already be a ruin
-        sides.append((ratio.exp() - ratio - 1, mask))
+        log_ratio = (q - p).clamp(max=10)  # e^10 would already be a ruin
+        sides.append((log_ratio.exp() - log_ratio - 1, mask))
     return sum((kl * mask).flatten(1).sum(dim=1) / mask.flatten(1).sum(dim=1).clamp(min=1) for kl, mask in sides)
 
 

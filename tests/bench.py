@@ -442,13 +442,16 @@ def diversity(paths, samples=32, limit=100):
             ways |= {"latents": (0, 1), "both": (1, 1), "latents, 3 sigma": (0, 3), "both, 3 sigma": (1, 3)}
         for way, temperatures in ways.items():
             sums = np.zeros(4)
-            for i, e in enumerate(encoded):
-                own = noise[i * samples:(i + 1) * samples]
-                rollout = model.rollout([e.question], samples, own, 16, *temperatures)
+            for i in range(0, len(encoded), 16):
+                part = encoded[i:i + 16]
+                rows = noise[i * samples:(i + len(part)) * samples]
+                rollout = model.rollout([e.question for e in part], samples, rows, 16, *temperatures)
                 texts, _ = answer_texts(rollout, tokenizer, model.config.eos_id)
-                plans = plan_texts(model, rollout.z, rollout.steps, tokenizer) if model.config.decode else []
-                right = sum(is_correct(t, e.example) for t in texts)
-                sums += len(set(map(tuple, plans))), len(set(texts)), right / samples, right > 0
+                plans = plan_texts(model, rollout.z, rollout.steps, tokenizer) if model.config.decode else [()] * len(texts)
+                for j, e in enumerate(part):
+                    own = slice(j * samples, (j + 1) * samples)
+                    right = sum(is_correct(t, e.example) for t in texts[own])
+                    sums += len(set(map(tuple, plans[own]))), len(set(texts[own])), right / samples, right > 0
             kind = state["config"]["method"] + (" + rl" if state.get("stage") == "rl" else "")
             found.setdefault((kind, way), []).append(sums / len(encoded))
     return [[*key, *(spread([f[j] for f in all], scale, 1) for j, scale in enumerate((1, 1, 100, 100)))]
