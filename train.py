@@ -38,7 +38,7 @@ from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-from data import BUILTIN, TEST_SETS, Parser, Tokenizer, builtin_tokenizer, encode_all, load
+from data import BUILTIN, DATASETS, TEST_SETS, Parser, Tokenizer, builtin_tokenizer, encode_all, load
 from eval import evaluate, find_checkpoint, markdown, mean_figures, read_state, run_main
 from model import LLaMA, LLaMAConfig, save_tensors, write_json
 from rl import LogProbs, advantages, divergence, objective, score
@@ -51,8 +51,8 @@ from vae import END, METHODS, START, LatentConfig, LatentReasoner, Noise, collat
 class Config:
     stage: str = "all"  # all (vae, rl, evaluation), cot, vae, or rl
     method: str = "atp"  # atp, simcot, coconut, cot, nocot: parts switched off (README)
-    init: str = ""  # Hugging Face LLaMA directory, or checkpoint or run folder of ours ("": from nothing; rl: out/vae)
-    data: str = "builtin"  # builtin, gsm8k, gsm8k_aug, or a file in one of their formats
+    init: str = ""  # Hugging Face LLaMA directory, or checkpoint or run folder of ours ("": from nothing; rl: out_dir/vae)
+    data: str = "builtin"  # builtin, gsm8k, gsm8k_aug, or a file in one of their formats (5 % of it held out)
     data_dir: str = "data"  # where `python data.py` puts the published files
     annotated: int = 4000  # so many training questions show their steps, to be imitated (0: all; other data: 0)
     out_dir: str = "out"  # runs go to out_dir/vae, out_dir/rl, ...
@@ -77,7 +77,7 @@ class Config:
     cot_epochs: float = 12.0  # stage 0: text chain of thought (warm start)
     epochs_per_stage: float = 1.2  # each further stage makes one more step latent
     final_epochs: float = 9.6  # further epochs with all steps latent
-    max_iters: int = 0  # scale the whole curriculum (rl: cut) to so many optimizer steps (0: as the epochs say)
+    max_iters: int = 0  # scale the curriculum to so many optimizer steps (rl: cut to so many batches; 0: as epochs, rl_iters)
     cot_lr: float = 2e-3  # peak learning rate of stage 0
     lr: float = 1.5e-3  # peak learning rate of the latent stages
     min_lr: float = 0.02  # the cosine ends at this share of the peak
@@ -94,20 +94,20 @@ class Config:
     questions_per_step: int = 64  # over all processes
     group: int = 8  # rollouts a question
     minibatch: int = 512  # rollouts an optimizer step, over all processes
-    w_acc: float = 1.0  # reward of a right answer (0: coherence-only mode, no answer label is used)
+    w_acc: float = 1.0  # reward of a right answer (0: coherence-only mode, answer labels unused; its other settings: README)
     w_fmt: float = 0.5  # reward of a well-formed answer
     w_coh: float = 0.1  # reward of coherence
     ratio_clip: float = 0.2  # PPO
     std_norm: bool = False  # divide advantages by the group's standard deviation (paper: yes)
     latent_grad: str = "path"  # gradient of latents: path (through z = mu + sigma eps), score (of log N(z; mu, sigma))
-    latent_coef: float = 1.0  # weight of the terms of latents and stops (paper: 1; 0 with score, w_acc 0: see README)
+    latent_coef: float = 1.0  # weight of the terms of latents and stops (paper: 1; coherence-only mode: 0, with score)
     latent_mean: bool = False  # score: log-density averaged, not summed, over d (paper: summed)
     kl_coef: float = 0.0  # weight of the KL from the policy that RL began with (paper: none)
     temperature: float = 1.0  # of answer tokens in rollouts
     latent_temperature: float = 1.0  # of latents in rollouts: times sigma (paper: 1)
     max_answer: int = 16  # most answer tokens of a rollout
     # running
-    eval_every: int = 250  # optimizer steps between validations (0: only at the end)
+    eval_every: int = 250  # optimizer steps (rl: batches) between validations (0: only at the end)
     eval_size: int = 256  # validation questions
     log_every: int = 10  # steps between lines of metrics.jsonl
     save_every: int = 500  # steps between checkpoints
@@ -793,12 +793,13 @@ def update(run, ddp, reference, optimizer, rollout, advantage, lr, step, ids):
 def report(cfg, rows):
     """The closing table: each trained model on the built-in test sets (or the data's own test split), greedy."""
     names = TEST_SETS if cfg.data in BUILTIN else (cfg.data,)
+    split = "test" if cfg.data in (*BUILTIN, *DATASETS) else "valid"  # of a user's file, what is not trained on
     lines = []
     for label, (model, tokenizer) in rows.items():
         sets = []
         for name in names:
             context = model.policy.config.max_position_embeddings
-            encoded, _ = encode_all(load(name, "test", cfg.data_dir), tokenizer, context)
+            encoded, _ = encode_all(load(name, split, cfg.data_dir), tokenizer, context)
             sets.append((name, evaluate(model, tokenizer, encoded)[0]))
         mean = mean_figures(sets)
         accuracy = {n: f"{100 * f['accuracy']:.1f}" for n, f in [*sets, ("mean", mean)]}

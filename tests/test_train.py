@@ -174,7 +174,10 @@ def test_all_stages_in_turn_and_resume(tmp_path, data, capsys, monkeypatch):
         patch.setattr(module, "train_rl", stopped)
         with pytest.raises(KeyboardInterrupt):
             train(args)
+    splits = set()
+    monkeypatch.setattr(module, "load", lambda name, split, *where: splits.add(split) or load(name, split, *where))
     train([*args, "--resume"])
+    assert splits == {"train", "valid"}  # a file's "test" is all of it: the table is of what was held out
     said = capsys.readouterr().out
     assert all(f"| {row}" in said for row in ("answer only (nocot)", "latents, imitation (vae)", "latents, active planning (rl)"))
     assert {p.name for p in tmp_path.iterdir()} == {"nocot", "vae", "rl"}
