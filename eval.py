@@ -50,6 +50,18 @@ def read_state(ckpt):
     return state
 
 
+def read_metrics(lines, file):
+    """The lines of metrics.jsonl as dicts. ValueError: `file` has one that is none, or without its step."""
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+            rows[-1]["step"] + 0
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"{file}:{number}: not a line of metrics (JSON with a step); delete it") from None
+    return rows
+
+
 def token_limit(model, longest):
     """Most tokens of an answer: 16, and for text methods room for the chain of thought."""
     return 16 if model.config.latent else longest
@@ -204,6 +216,10 @@ class Result:
         """What makes the run the experiment that it is."""
         return {k: v for k, v in self.config.items() if k not in ASIDE and (self.planned or k not in PLANNING)}
 
+    def metrics(self):
+        file = self.ckpt.parent / "metrics.jsonl"
+        return read_metrics(file.read_text().splitlines(), file)
+
     def summary(self):
         return {"checkpoint": str(self.ckpt), "config": self.config, "benchmarks": self.benchmarks}
 
@@ -308,8 +324,7 @@ def plot(file, groups):
     """Accuracy against tokens (mean over the sets and seeds, bars of a standard deviation), and what metrics.jsonl has
     of the RL runs: a thin line a seed, a thick one for their mean, smoothed over 5 lines."""
     plt = pyplot()
-    read = lambda r: [json.loads(line) for line in (r.ckpt.parent / "metrics.jsonl").read_text().splitlines()]
-    planned = [(f"C{i % 10}", [read(r) for r in g.results]) for i, g in enumerate(groups) if g.results[0].planned]
+    planned = [(f"C{i % 10}", [r.metrics() for r in g.results]) for i, g in enumerate(groups) if g.results[0].planned]
     panels = 1 + (len(CURVES) if planned else 0)
     fig, axes = plt.subplots(-(-panels // 3), min(panels, 3), figsize=(4.2 * min(panels, 3), 2.8 * -(-panels // 3) + 1),
                              squeeze=False, layout="constrained")
@@ -376,7 +391,7 @@ def run_main(main):
 
 def main(argv=None):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--ckpt", default="out", help="checkpoint, run folder, or folder of runs: the newest in it (out)")
+    p.add_argument("--ckpt", help="checkpoint, run folder, or folder of runs: the newest in it (out)")
     p.add_argument("--data", nargs="+", default=list(TEST_SETS), help="test sets or files (the built-in test sets)")
     p.add_argument("--data_dir", default="data", help="where `python data.py` put the published files (data)")
     p.add_argument("--split", default="test", choices=("train", "valid", "test"), help="split of each set (test)")
@@ -390,7 +405,8 @@ def main(argv=None):
     p.add_argument("--max_tokens", type=int, default=160, help="longest written chain of thought, text methods (160)")
     p.add_argument("--explain", type=int, default=0, help="print N questions of each set with the plan in words (0)")
     p.add_argument("--seed", type=int, default=0, help="of the samples (0)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"),
+                   help="cuda where there is one, else cpu")
     p.add_argument("--json", metavar="FILE", help="write everything there")
     p.add_argument("--compare", nargs="+", metavar="DIR", help="a table of these runs, or of all runs in these "
                    "folders: those that differ by no more than their seed are one row")
@@ -400,6 +416,16 @@ def main(argv=None):
     args = p.parse_args(argv)
     if not args.compare and (args.baseline or args.plot):
         raise ValueError("--baseline and --plot go with --compare")
+    if args.compare and (args.ckpt or args.explain):
+        raise ValueError("--ckpt and --explain go without --compare")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this torch sees no GPU")
+    if not 0 <= args.seed < 2**32:
+        raise ValueError("--seed must be from 0 to 2^32 - 1")
+    for name in ("json", "plot"):
+        file = getattr(args, name)
+        if file and not Path(file).absolute().parent.is_dir():
+            raise FileNotFoundError(f"--{name} {file}: no such folder")
     for name in ("limit", "samples", "explain"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name} must not be negative")
@@ -410,8 +436,10 @@ def main(argv=None):
         raise ValueError("--batch_size and --max_tokens must be at least 1")
     if args.plot:
         pyplot()  # before the work
-    named = [c for path in args.compare or () for c in checkpoints(path)] or [find_checkpoint(args.ckpt)]
+    named = [c for path in args.compare or () for c in checkpoints(path)] or [find_checkpoint(args.ckpt or "out")]
     paths = list(dict.fromkeys(named))  # a run may be named twice
+    for r in (Result(c, read_state(c), {}, {}) for c in paths) if args.plot else ():
+        r.planned and r.metrics()  # a missing or broken file before the work
     sets = [(name, load(name, args.split, args.data_dir)) for name in args.data]  # a wrong name before the work
     if args.compare:
         groups = grouped([Result(c, read_state(c), *measure(c, sets, args)) for c in paths])

@@ -106,8 +106,8 @@ class Terms(NamedTuple):
     latent: torch.Tensor | None  # (B, N, c)
     stop: torch.Tensor | None    # (B, N + 1)
     token: torch.Tensor          # (B, A)
-    mu: torch.Tensor | None = None      # (B, N, c, d)
-    logvar: torch.Tensor | None = None  # (B, N, c, d)
+    mu: torch.Tensor | None = None      # (B, N, c, d), of fixed latents that were sampled
+    logvar: torch.Tensor | None = None  # likewise
 
 
 class LogProbs(nn.Module):
@@ -129,8 +129,8 @@ class LogProbs(nn.Module):
         if not self.path and model.latent_head is not None and not model.config.vae:
             model.latent_head.requires_grad_(False)  # fixed latents without a density
 
-    def forward(self, rollout):
-        """Terms, with gradients; no `latent` by path, no mu and logvar where latents are not sampled."""
+    def forward(self, rollout, fixed=False):
+        """Terms, with gradients; by path without latent, mu and logvar. fixed: of the latents as they are, by path too."""
         policy, config = self.model.policy, self.model.config
         B, N, c, _ = rollout.z.shape
         cache = KVCache()
@@ -144,11 +144,9 @@ class LogProbs(nn.Module):
         if config.latent:
             ends = torch.full((B, 1), config.end_id, device=device)
             text = embed(torch.cat((ends, rollout.tokens[:, :-1]), dim=1))
-            if self.path:
+            if self.path and not fixed:
                 thought = self.model.think(h0, cache, steps, N, rollout.eps)
                 h = policy.hidden(embeds=text, cache=cache, valid=written)
-                if thought.logvar is not None:
-                    mu, logvar = thought.mu, thought.logvar
                 if thought.stop_logits is not None:
                     stop = stop_terms(thought.stop_logits, steps, rollout.stopped)
             else:
@@ -188,7 +186,8 @@ def divergence(new, reference, rollout):
     """KL of the policy (Terms `new`) from a reference (Terms of the same Rollout), (B,): per rollout, the mean over its
     latents, in closed form, summed over d; plus the means over its stop decisions and its answer tokens, of the
     never-negative estimate q/p - log q/p - 1 (Schulman, http://joschu.net/blog/kl-approx.html; GRPO, arXiv 2402.03300,
-    equation 4). Latents that are not sampled have none."""
+    equation 4), whose gradient is that of the reverse KL. Latents count as actions, at temperature 1, given those before
+    them; those that are not sampled have no KL."""
     steps, N = rollout.steps, rollout.z.shape[1]
     sides = []
     if new.mu is not None:
@@ -200,17 +199,18 @@ def divergence(new, reference, rollout):
         taken = first(steps, N + 1) | stop_places(steps, rollout.stopped, N + 1)
         choices.append((new.stop, reference.stop, taken))
     for p, q, mask in choices:
-        log_ratio = (q - p).clamp(max=10)  # e^10 would already be a ruin
-        sides.append((log_ratio.exp() - log_ratio - 1, mask))
+        log_ratio = q - p
+        most = log_ratio.clamp(max=10)  # beyond, the exponential goes on as its tangent: the pull grows no more
+        sides.append((most.exp() * (1 + log_ratio - most) - log_ratio - 1, mask))
     return sum((kl * mask).flatten(1).sum(dim=1) / mask.flatten(1).sum(dim=1).clamp(min=1) for kl, mask in sides)
 
 
 def objective(new, rollout, advantage, total, clip=0.2, latent_coef=1.0, latent_mean=False):
     """PPO-clipped loss (paper, section 3.3), this part's share of the mean over `total` rollouts, and statistics.
 
-    new: Terms; advantage (B,). Terms: each latent (its density, and at the first of a step
+    new: Terms; advantage (B,). It sums over each latent (its density, and at the first of a step
     log p(continue)) and the stop; each answer token. Log-ratios are clamped to +-3. Masked mean per rollout over
-    latent terms and over answer terms separately, the two added. latent_mean: the density averaged, not summed,
+    the former and over answer tokens separately, the two added. latent_mean: the density averaged, not summed,
     over the d dimensions; latent_coef: weight of the latent terms (1 and False: the paper's)."""
     latent, stop, token = new[:3]
     steps, N, c = rollout.steps, rollout.z.shape[1], rollout.z.shape[2]
@@ -239,5 +239,4 @@ def objective(new, rollout, advantage, total, clip=0.2, latent_coef=1.0, latent_
         loss = loss - coef * (gain.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum() / total
         ratios.append(ratio.detach()[mask])
     ratios = torch.cat(ratios)
-    stats = {"ratio_max": float(ratios.max()), "clip_frac": float(((ratios - 1).abs() > clip).float().mean())}
-    return loss, stats
+    return loss, {"ratio_max": float(ratios.max()), "ratios": len(ratios), "clipped": int(((ratios - 1).abs() > clip).sum())}

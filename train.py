@@ -13,6 +13,7 @@ import argparse
 import ctypes
 import dataclasses
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -39,7 +40,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from data import BUILTIN, DATASETS, TEST_SETS, Parser, Tokenizer, builtin_tokenizer, encode_all, load
-from eval import evaluate, find_checkpoint, markdown, mean_figures, read_state, run_main
+from eval import evaluate, find_checkpoint, markdown, mean_figures, read_metrics, read_state, run_main
 from model import LLaMA, LLaMAConfig, save_tensors, write_json
 from rl import LogProbs, advantages, divergence, objective, score
 from vae import END, METHODS, START, LatentConfig, LatentReasoner, Noise, collate, target_tokens
@@ -177,7 +178,7 @@ def resolve(given):
             init = str(find_checkpoint(init))
             saved = read_state(init)["config"]
             known = {f.name for f in dataclasses.fields(Config)} - set(OWN)
-            values = {k: v for k, v in saved.items() if k in known}
+            values = {k: v for k, v in saved.items() if k in known} | {"baseline": 0}  # it would not begin from nothing
         else:
             values = dict(PRETRAINED)
     if given.get("data", "builtin") not in (*BUILTIN, values.get("data")):
@@ -195,6 +196,8 @@ def check(cfg):
     least = {**dict.fromkeys(positive, 1), "group": 2}
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)
+        if type(value) not in (f.type, int if f.type is float else f.type) or value not in CHOICES.get(f.name, (value,)):
+            raise ValueError(f"--{f.name} cannot be {value!r}")  # an edited train.json; flags are checked by their parser
         if f.type in (int, float) and not (least.get(f.name, 0) <= value < float("inf")):
             raise ValueError(f"--{f.name} must be at least {least.get(f.name, 0)}, not {value}")
     if cfg.hidden_size % (2 * cfg.heads):
@@ -205,6 +208,9 @@ def check(cfg):
     for name in ("temperature", "latent_temperature"):
         if getattr(cfg, name) <= 0:
             raise ValueError(f"--{name} must be positive")
+    for part, needs in (("vae", "head"), ("stop", "latent"), ("decode", "latent")):
+        if getattr(cfg, part) == "yes" and not METHODS[cfg.method][needs]:
+            raise ValueError(f"--{part} yes does not go with --method {cfg.method}")
     if cfg.thoughts_per_step * cfg.max_steps >= cfg.context:
         raise ValueError(f"--thoughts_per_step {cfg.thoughts_per_step} times --max_steps {cfg.max_steps}: no room in "
                          f"--context {cfg.context}")
@@ -252,6 +258,13 @@ class Run:
     def bar(self, total, initial):
         # disable=None: quiet where there is no terminal
         return tqdm(total=total, initial=initial, desc=self.name, disable=None if self.main else True)
+
+    def largest(self, value):
+        """The largest of all processes' numbers."""
+        t = torch.tensor(value, dtype=torch.float64, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(t, dist.ReduceOp.MAX)
+        return float(t)
 
     def mean(self, values):
         """Dict of numbers, averaged over processes."""
@@ -389,12 +402,13 @@ def read_data(cfg, tokenizer, model, run, split):
     context = min(cfg.context, model.policy.config.max_position_embeddings)
     fits, long = encode_all(load(cfg.data, split, cfg.data_dir), tokenizer, context)
     imitates = split == "train" and run.name != "rl" and cfg.method != "nocot"
-    usable = [e for e in fits if e.steps or not (imitates and model.config.stop)]
+    usable = [e for e in fits if e.steps or not imitates]
     if long or len(usable) < len(fits):
         run.say(f"{cfg.data} {split}: left out {long} examples longer than {context} tokens "
                 f"and {len(fits) - len(usable)} without steps")
     if not usable:
-        raise ValueError(f"--data {cfg.data}: no example of split {split} is left")
+        mend = " (--method nocot needs no steps)" if imitates and fits else ""
+        raise ValueError(f"--data {cfg.data}: no example of split {split} is left{mend}")
     shown = usable[:cfg.annotated or None] if imitates else usable
     if len(shown) < len(usable):
         run.say(f"{run.name}: imitates the first {len(shown)} of {len(usable)} training questions (--annotated)")
@@ -469,7 +483,7 @@ def resumed(cfg, given, folder):
     for k in known & set(given) & set(saved):
         if saved[k] != given[k]:
             raise ValueError(f"--{k} {given[k]}: --resume goes on with a run that has --{k} {saved[k]} ({folder})")
-    cfg = dataclasses.replace(cfg, **{k: v for k, v in saved.items() if k in known}, init=saved["init"])
+    cfg = dataclasses.replace(cfg, **{k: v for k, v in saved.items() if k in known}, init=cfg.init if "init" in given else saved["init"])
     check(cfg)
     return cfg, ckpt, state
 
@@ -515,7 +529,9 @@ def begin(cfg, name, given):
         raise ValueError(f"--batch_size {cfg.batch_size} leaves a process without rows ({run.world} processes, "
                          f"--micro_batch {cfg.micro_batch}): raise either")
     model, tokenizer = build(dataclasses.replace(cfg, init=str(ckpt)) if ckpt else cfg, run)
-    model.policy.activation_checkpointing = cfg.activation_checkpointing
+    for llama in (model.policy, model.decoder):
+        if llama is not None:
+            llama.activation_checkpointing = cfg.activation_checkpointing
     names = {p: n for n, p in model.named_parameters()}
     train = read_data(cfg, tokenizer, model, run, "train")
     valid = read_data(cfg, tokenizer, model, run, "valid")[:cfg.eval_size]
@@ -525,7 +541,7 @@ def begin(cfg, name, given):
             run.say(f"{name}: resumed at step {state['step']} of {ckpt}")
         if run.main and ckpt and metrics.exists():  # drop what was logged after the checkpoint, or cut by a kill
             rows = [r for r in metrics.read_text().splitlines(keepends=True) if r.endswith("\n")]
-            kept = "".join(r for r in rows if json.loads(r)["step"] <= state["step"])
+            kept = "".join(r for r, line in zip(rows, read_metrics(rows, metrics)) if line["step"] <= state["step"])
             metrics.with_suffix(".tmp").write_text(kept)
             os.replace(metrics.with_suffix(".tmp"), metrics)
         elif run.main and not ckpt:
@@ -674,12 +690,14 @@ def train_rl(cfg, name, given):
         Q, G = cfg.questions_per_step, cfg.group
         total = cfg.rl_iters or max(1, len(train) // Q)  # 0: one epoch over the questions
         total = min(total, cfg.max_iters) if cfg.max_iters else total
+        if cfg.w_coh and not cfg.w_acc and model.decoder is None:
+            raise ValueError(f"--w_acc 0 --w_coh {cfg.w_coh}: {cfg.init} has no decoder to say whether plans are coherent")
         model.set_trainable("rl")
         optimizer = make_optimizer(model, cfg)
         if run.resumed:
             load_optimizer(optimizer, names, run.resumed)
         log_probs = LogProbs(model, cfg.temperature, cfg.latent_grad, cfg.latent_temperature)
-        reference = make_reference(run, model) if cfg.kl_coef else None
+        reference = make_reference(run, model, state) if cfg.kl_coef else None
         ddp = run.wrap(log_probs, model)
         run.say(f"{name}: {total} batches of {Q} questions x {G} rollouts, {Q * G // cfg.minibatch} optimizer steps "
                 f"each, from {cfg.init}")
@@ -693,7 +711,7 @@ def train_rl(cfg, name, given):
             lr = lr_at(step, 0, total, cfg.rl_lr, cfg.rl_min_lr, step, cfg.rl_warmup)
             step += 1
             stats = rl_step(run, ddp, reference, optimizer, [train[i] for i in chosen], tokenizer, step, lr)
-            state |= {"step": step, "stage": "rl", "skipped": state["skipped"] + (stats["advantage"] == 0)}
+            state |= {"step": step, "stage": "rl", "skipped": state["skipped"] + ("grad_norm" not in stats)}
             bar.update()
             bar.set_postfix({k: f"{stats[k]:.3f}" for k in ("reward", "accuracy", "coherence")},
                             rollouts_s=f"{Q * G / (stats['rollout_s'] + stats['score_s'] + stats['update_s']):.0f}")
@@ -705,19 +723,32 @@ def train_rl(cfg, name, given):
         return model, tokenizer
 
 
-def make_reference(run, model):
-    """LogProbs of the policy that RL began with, to take a KL from. It stays as it is in cfg.init, from where a resumed
-    run reads it again."""
+def make_reference(run, model, state):
+    """LogProbs of the policy that RL began with, to take a KL from. It stays in cfg.init, from where a resumed run reads
+    it again: ValueError, FileNotFoundError where something else, or nothing, is there by then."""
+    init = Path(run.cfg.init)
+    if not (init / "latent.json").is_file():
+        raise FileNotFoundError(f"{init}: no such checkpoint; --kl_coef needs the one that RL began with (--init, wherever "
+                                "it is now)")
     config = dataclasses.replace(model.config, decode=False)
-    start = LatentReasoner.from_pretrained(run.cfg.init, device=run.device).reconfigured(config)[0].requires_grad_(False)
+    start = LatentReasoner.from_pretrained(init, device=run.device, decode=False).reconfigured(config)[0]
+    start.requires_grad_(False)
+    digest = hashlib.sha256()
+    for p in start.parameters():
+        digest.update(p.cpu().numpy())
+    if state.setdefault("start", digest.hexdigest()) != digest.hexdigest():
+        raise ValueError(f"{init} is not the checkpoint that this run began with, from which --kl_coef takes the KL; name "
+                         "that by --init, or begin anew without --resume")
     if run.compile:
         start.policy.compile_blocks()
-    return LogProbs(start, run.cfg.temperature)
+    # latents that are not sampled are no actions: the reference makes its own
+    return LogProbs(start, run.cfg.temperature, "score" if config.vae else run.cfg.latent_grad)
 
 
 def rl_step(run, ddp, reference, optimizer, examples, tokenizer, step, lr):
     """Rollouts of a global batch of questions, their rewards, and the optimizer steps on them; each process takes its
-    questions. Returns statistics. Where every group has one reward, there is nothing to learn and no step."""
+    questions. Returns statistics. Where every group has one reward, there is nothing to learn (but how near to stay to the
+    reference) and no step."""
     cfg, model, G = run.cfg, getattr(ddp, "module", ddp).model, run.cfg.group
     Q, d = len(examples), model.policy.config.hidden_size
     mine = list(range(Q))[run.rank::run.world]
@@ -739,7 +770,7 @@ def rl_step(run, ddp, reference, optimizer, examples, tokenizer, step, lr):
     share = len(mine) * run.world / Q  # processes may have unlike shares of the questions
     stats = run.mean({k: float(v.mean()) * share for k, v in stats.items()})
     stats["coherence"] /= max(stats.pop("decoded"), 1 / (Q * G))  # of the plans that were decoded
-    if stats["advantage"] > 0:
+    if stats["advantage"] > 0 or reference is not None:
         model.train()
         stats |= update(run, ddp, reference, optimizer, rollout, advantage, lr, step, [e.example.id for e in examples])
     clock.append(time.time())
@@ -756,17 +787,18 @@ def update(run, ddp, reference, optimizer, rollout, advantage, lr, step, ids):
     learns = (advantage.view(-1, G) != 0).any(dim=1) | (reference is not None)
     active = learns.nonzero().flatten().tolist() or [0]
     parts = np.array_split(active, -(-len(active) * members // max(cfg.micro_batch, members)))
-    batches, stats = [], []
+    batches, largest, norms = [], 0.0, []
+    counts = {"ratios": 0.0, "clipped": 0.0} | ({"kl": 0.0} if reference is not None else {})
     for first in range(0, G, members):
         rows = [torch.tensor([q * G + g for q in part for g in range(first, first + members)]) for part in parts]
         batches.append([(rollout.rows(r.to(advantage.device)), advantage[r]) for r in rows])
     # Densities of latents are sums over d: in bfloat16 the rounding in which a cached rollout and the parallel pass differ
     # moves their ratios far from 1. So the old ones come from the same pass as the new (the first batch's own: no step was
     # taken before it); without a graph of gradients torch.compile might fuse, and round, that otherwise.
-    again = run.bf16 and cfg.latent_grad == "score"
+    again, log_probs = run.bf16 and cfg.latent_grad == "score", getattr(ddp, "module", ddp)
     for cut, _ in chain(*batches[1:]) if again else ():
         with run.autocast:
-            cut.record(getattr(ddp, "module", ddp)(cut))
+            cut.record(log_probs(cut))
     for batch in batches:
         for micro, (cut, a) in enumerate(batch):
             with ddp.no_sync() if run.world > 1 and micro + 1 < len(batch) else nullcontext():
@@ -776,16 +808,24 @@ def update(run, ddp, reference, optimizer, rollout, advantage, lr, step, ids):
                     cut.record(new)
                 loss, stat = objective(new, cut, a, cfg.minibatch, cfg.ratio_clip, cfg.latent_coef, cfg.latent_mean)
                 if reference is not None:
-                    with run.autocast, torch.no_grad():
-                        before = reference(cut)
-                    kl = divergence(new, before, cut)
-                    loss = loss + cfg.kl_coef * kl.sum() / cfg.minibatch
-                    stat["kl"] = float(kl.detach().mean())
+                    with run.autocast:
+                        # of actions given those before them: by path too, of the latents as they were sampled
+                        now = log_probs(cut, fixed=True) if log_probs.path and log_probs.model.config.vae else new
+                        with torch.no_grad():
+                            before = reference(cut)
+                    kl = divergence(now, before, cut).sum()
+                    loss = loss + cfg.kl_coef * kl / cfg.minibatch
+                    stat["kl"] = float(kl.detach())
                 (loss * run.world).backward()
-            stats.append(stat)
-        norm = finish_step(run, optimizer, lr, step, ids, {"objective": loss.detach()})
-    mean = {k: float(np.mean([s[k] for s in stats])) for k in stats[0] if k != "ratio_max"}
-    return run.mean({"grad_norm": norm, "ratio_max": max(s["ratio_max"] for s in stats), **mean})
+                largest = max(largest, stat.pop("ratio_max"))
+                counts = {k: v + stat[k] for k, v in counts.items()}
+        norms.append(finish_step(run, optimizer, lr, step, ids, {"objective": loss.detach()}))
+    counts = run.mean(counts)
+    stats = {"grad_norm": float(np.mean(norms)), "ratio_max": run.largest(largest),
+             "clip_frac": counts["clipped"] / counts["ratios"]}
+    if reference is not None:  # every rollout was in one of the minibatches
+        stats["kl"] = counts["kl"] * run.world / (cfg.minibatch * len(batches))
+    return stats
 
 
 # --- main ---
@@ -857,6 +897,8 @@ def main(argv=None):
         if cfg.stage == "rl":
             train_rl(cfg, "rl", given)
         elif cfg.stage == "cot":
+            if given.get("method", "cot") != "cot":
+                raise ValueError(f"--stage cot is --method cot: leave --method {cfg.method} out")
             train_supervised(dataclasses.replace(cfg, method="cot"), "cot", {**given, "method": "cot"})
         elif cfg.stage == "vae":
             train_supervised(cfg, "vae", given)
@@ -869,7 +911,7 @@ def train_all(cfg, given):
     rows = {}
     if cfg.method == "atp":
         if cfg.baseline:
-            own = {"method": "nocot", "max_iters": cfg.baseline}
+            own = {"method": "nocot", "max_iters": cfg.baseline, "vae": "auto", "stop": "auto", "decode": "auto"}
             other = dataclasses.replace(cfg, **own)
             rows["answer only (nocot)"] = train_supervised(other, "nocot", given | own)
         rows["latents, imitation (vae)"] = train_supervised(cfg, "vae", given)

@@ -56,6 +56,8 @@ class LatentConfig:
         if self.method not in METHODS or self.thoughts_per_step < 1 or self.max_steps < 1:
             raise ValueError(f"method {short(self.method)}, thoughts_per_step {self.thoughts_per_step}, "
                              f"max_steps {self.max_steps}")
+        if self.vae > self.head or max(self.head, self.stop, self.decode) > self.latent:
+            raise ValueError("vae needs head; head, stop and decode need latent")
 
     def latent_steps(self, example, stage):
         """How many steps of `example` are latent at curriculum stage `stage` (paper, section 3)."""
@@ -529,8 +531,9 @@ class LatentReasoner(nn.Module):
         write_json(path / "latent.json", asdict(self.config))
 
     @classmethod
-    def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
-        """A directory written by save_pretrained. ValueError, FileNotFoundError: see LLaMA.from_pretrained."""
+    def from_pretrained(cls, path, dtype=torch.float32, device="cpu", decode=True):
+        """A directory written by save_pretrained; decode=False leaves its decoder out. ValueError, FileNotFoundError: see
+        LLaMA.from_pretrained."""
         path = Path(path)
         file = path / "latent.json"
         raw = read_json(file)
@@ -541,6 +544,7 @@ class LatentReasoner(nn.Module):
             raise ValueError(f"{file}: key {short(wrong[0])} is {'unknown' if wrong[0] in raw else 'missing'}")
         try:
             config = LatentConfig(**raw)
+            config.decode &= decode
         except ValueError as e:
             raise ValueError(f"{file}: {e}") from None
         policy = LLaMA.from_pretrained(path, dtype, device)

@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data import TEST_SETS, Encoded, Tokenizer, builtin_tokenizer, encode_all, is_correct, load  # noqa: E402
-from eval import evaluate, find_checkpoint, markdown, read_state, spread  # noqa: E402
+from eval import Result, evaluate, find_checkpoint, grouped, markdown, read_state, spread  # noqa: E402
 from model import LLaMA, LLaMAConfig, write_json  # noqa: E402
 from rl import LogProbs, advantages, answer_texts, plan_texts, score  # noqa: E402
 from train import (Config, Run, batch_indices, generator, make_optimizer, reuse_memory, rl_step,  # noqa: E402
@@ -395,6 +395,8 @@ def signal(path, questions=512, group=8):
     ckpt = find_checkpoint(path)
     cfg = read_state(ckpt)["config"]
     model, tokenizer = LatentReasoner.from_pretrained(ckpt), Tokenizer.from_pretrained(ckpt)
+    if not model.config.vae:
+        sys.exit(f"--signal {path}: its latents are not sampled, so score has no gradient of them")
     model.set_trainable("rl")
     context = model.policy.config.max_position_embeddings
     train, _ = encode_all(load(cfg["data"], "train", cfg["data_dir"]), tokenizer, context)
@@ -411,7 +413,7 @@ def signal(path, questions=512, group=8):
             a = advantages(result.reward, group)[:, None] / (questions * group)
             for grad in ("score", "path"):
                 latent, stop, token, *_ = LogProbs(model, latent_grad=grad)(rollout)
-                for term, logp, n in (("answer", token, rollout.lengths), ("stop", stop, rollout.steps + 1),
+                for term, logp, n in (("answer", token, rollout.lengths), ("stop", stop, rollout.steps + rollout.stopped),
                                       ("latent", latent, rollout.steps * model.config.thoughts_per_step)):
                     if logp is None:
                         continue
@@ -427,13 +429,12 @@ def signal(path, questions=512, group=8):
 
 
 def diversity(paths, samples=32, limit=100):
-    """Rows (method, what is sampled, ...) of how unlike the samples of a question are: distinct plans in the decoder's
-    words, distinct answers, pass@1 and pass@`samples`, over the first `limit` questions of each built-in test set; of
-    checkpoints of one method (its seeds), mean and deviation."""
+    """Rows (configuration, what is sampled, ...) of how unlike the samples of a question are: distinct plans in the
+    decoder's words, distinct answers, pass@1 and pass@`samples`, over the first `limit` questions of each built-in test
+    set; mean and deviation over seeds. A stop head's decisions are sampled throughout."""
     questions, found = [e for name in TEST_SETS for e in load(name, "test")[:limit]], {}
-    for path in paths:
-        ckpt = find_checkpoint(path)
-        state = read_state(ckpt)
+    groups = grouped([Result(ckpt, read_state(ckpt), {}, {}) for ckpt in map(find_checkpoint, paths)])
+    for label, ckpt in [(g.label, r.ckpt) for g in groups for r in g.results]:
         model, tokenizer = LatentReasoner.from_pretrained(ckpt).eval(), Tokenizer.from_pretrained(ckpt)
         encoded, _ = encode_all(questions, tokenizer, model.policy.config.max_position_embeddings)
         noise = Noise.draw(len(encoded) * samples, model.config, model.policy.config.hidden_size, 16, generator(0))
@@ -452,8 +453,7 @@ def diversity(paths, samples=32, limit=100):
                     own = slice(j * samples, (j + 1) * samples)
                     right = sum(is_correct(t, e.example) for t in texts[own])
                     sums += len(set(map(tuple, plans[own]))), len(set(texts[own])), right / samples, right > 0
-            kind = state["config"]["method"] + (" + rl" if state.get("stage") == "rl" else "")
-            found.setdefault((kind, way), []).append(sums / len(encoded))
+            found.setdefault((label, way), []).append(sums / len(encoded))
     return [[*key, *(spread([f[j] for f in all], scale, 1) for j, scale in enumerate((1, 1, 100, 100)))]
             for key, all in found.items()]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import eval
 import pytest
 import torch
-from eval import ASIDE, PLANNING, Result, checkpoints, comparison, difference, grouped, main
+from eval import ASIDE, PLANNING, Result, checkpoints, comparison, difference, grouped, main, run_main
 from test_train import SMALL
 from train import Config
 from train import main as train
@@ -109,8 +110,18 @@ def test_compare_from_the_command_line(runs, capsys):
     assert [c.parent.name for c in checkpoints(runs / "out_0")] == ["rl", "vae"]
     with pytest.raises(ValueError, match="--baseline .*vae: not one of the runs that --compare names"):
         main(["--compare", folders[0], "--baseline", str(runs / "out_1" / "vae"), *data])
-    with pytest.raises(ValueError, match="go with --compare"):
-        main(["--ckpt", folders[0], "--baseline", folders[1]])
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--baseline", "x"], "--baseline and --plot go with --compare"), (["--compare", "x", "--explain", "1"], "--explain go without"),
+    (["--device", "gpu"], "--device"), (["--seed", "-1"], "--seed"), (["--json", "nowhere/x.json"], "--json nowhere/x.json: no such"),
+    (["--temperature", "-1"], "--temperature"), (["--latent_temperature", "nan"], "--latent_temperature")])
+def test_user_errors_of_eval(args, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as e:
+        run_main(lambda: main(args))
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and words in err and err.count("\n") == 1 and err.startswith("error: "), err
 
 
 def test_plot_without_matplotlib(runs, monkeypatch):
@@ -126,6 +137,11 @@ def test_plot(runs, tmp_path, capsys):
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="--plot .*x.zzz"):
         main([*args, str(tmp_path / "x.zzz")])
+    copy = shutil.copytree(runs / "out_0", tmp_path / "copy")
+    with open(copy / "rl" / "metrics.jsonl", "a") as f:
+        f.write("{\n")
+    with pytest.raises(ValueError, match="metrics.jsonl:4: not a line of metrics"):
+        main(["--compare", str(copy), *args[2:], str(tmp_path / "y.png")])
 
 
 def test_samples_at_temperature_0_differ_by_their_latents_alone(runs, tmp_path, monkeypatch):
@@ -142,6 +158,3 @@ def test_samples_at_temperature_0_differ_by_their_latents_alone(runs, tmp_path, 
         assert figures["accuracy"] == 1
         share[temperature] = figures["pass@1"]
     assert share["0"] == 1 > share["1"]
-    for flag in ("--temperature", "--latent_temperature"):
-        with pytest.raises(ValueError, match=flag):
-            main(["--ckpt", str(tmp_path), flag, "-1"])

@@ -97,14 +97,17 @@ def test_teacher_forced_equals_rollout(method, parts, temperature, latent_temper
         assert len(set(rollout.steps.tolist())) > 2
         # the latent at which the longest plan was stopped is in no plan
         assert (rollout.stopped & (rollout.steps == rollout.z.shape[1])).any()
-    latent, stop, token, mu, logvar = LogProbs(model, temperature, grad, latent_temperature)(rollout)
+    log_probs = LogProbs(model, temperature, grad, latent_temperature)
+    latent, stop, token, mu, logvar = log_probs(rollout)
     torch.testing.assert_close(token, rollout.token_logp, atol=2e-4, rtol=1e-4)
     assert latent is None or grad == "score"
     for got, want in ((latent, rollout.latent_logp if grad == "score" else None), (stop, rollout.stop_logp)):
         assert (got is None) == (want is None)
         if got is not None:
             torch.testing.assert_close(got, want, atol=3e-3, rtol=1e-4)
-    assert (mu is None) == (logvar is None) == (rollout.latent_logp is None)
+    assert (mu is None) == (logvar is None) == (latent is None)
+    for got, want in zip(log_probs(rollout, fixed=True), LogProbs(model, temperature, "score", latent_temperature)(rollout)):
+        assert (got is None) == (want is None) and (got is None or torch.equal(got, want))
     if mu is not None:
         used = first(rollout.steps, mu.shape[1])
         z = mu + torch.exp(0.5 * logvar) * rollout.eps[:, :mu.shape[1]]
@@ -203,7 +206,7 @@ def test_first_gradient_is_the_policy_gradient(grad):
     advantage, log_probs = torch.randn(12), LogProbs(model, latent_grad=grad)
     loss, stats = objective(log_probs(rollout), rollout, advantage, 12)
     loss.backward()
-    assert stats["clip_frac"] == 0 and math.isclose(stats["ratio_max"], 1, abs_tol=1e-2)
+    assert stats["clipped"] == 0 and math.isclose(stats["ratio_max"], 1, abs_tol=1e-2)
     got = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     latent, stop, token, *_ = log_probs(rollout)
@@ -246,13 +249,12 @@ def test_update_leaves_out_groups_of_equal_rewards(monkeypatch, grad):
             torch.testing.assert_close(got[name], p.grad, atol=1e-3, rtol=1e-3, msg=lambda m: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("grad", ("path", "score"))
 @pytest.mark.parametrize("method, parts", [("atp", {}), ("atp", {"vae": False}), ("atp", {"stop": False}), ("nocot", {})])
-def test_divergence_equals_its_definition(method, parts, grad):
+def test_divergence_equals_its_definition(method, parts):
     """A loop over rows, with torch.distributions for the latents; none of a policy from itself."""
     model, rollout = make(method, **parts)
     model.requires_grad_(False)
-    new = LogProbs(model, latent_grad=grad)(rollout)
+    new = LogProbs(model)(rollout)
     ref = LogProbs(naive.tiny(method, seed=4, **parts).requires_grad_(False))(rollout)
     estimate = lambda p, q: math.exp(q - p) - (q - p) - 1
     for row, got in enumerate(divergence(new, ref, rollout).tolist()):
@@ -264,6 +266,10 @@ def test_divergence_equals_its_definition(method, parts, grad):
             if a is not None and k:
                 want += sum(map(estimate, a[row, :k].tolist(), b[row, :k].tolist())) / k
         assert math.isclose(got, want, rel_tol=1e-4)
+    far = torch.full_like(new.token, -30.0).requires_grad_()  # no ratio overflows, and the pull is never lost
+    pull = divergence(new._replace(token=far), new, rollout).sum()
+    pull.backward()
+    assert pull.isfinite() and bool((far.grad[first(rollout.lengths, far.shape[1])] < -1).all())
     start = divergence(new, LogProbs(model)(rollout), rollout)
     torch.testing.assert_close(start, torch.zeros(12), atol=1e-5, rtol=0)
 
@@ -280,21 +286,24 @@ def test_divergence_is_the_kl_on_average():
     assert abs(float(kl.mean()) - want) < 4 * error and 10 * error < want
 
 
-@pytest.mark.parametrize("grad", ("path", "score"))
-def test_update_adds_the_divergence_of_all_groups(monkeypatch, grad):
-    """Of those too whose rewards are equal, over micro-batches."""
-    model, rollout = make(group=4)
+@pytest.mark.parametrize("grad, parts", [("path", {}), ("path", {"vae": False}), ("score", {}), ("score", {"vae": False})])
+@pytest.mark.parametrize("micro_batch", (4, 12, 16))
+def test_update_adds_the_divergence_of_all_groups(monkeypatch, grad, parts, micro_batch):
+    """Of those too whose rewards are equal, over micro-batches. Sampled latents are actions: the KL is that of their
+    distributions and of what follows, given the latents as they are. Others follow from the weights, by path."""
+    model, rollout = make(group=4, **parts)
     advantage = torch.randn(16)
     advantage[4:8] = 0
-    log_probs, reference, got = LogProbs(model, latent_grad=grad), LogProbs(naive.tiny(seed=4)).requires_grad_(False), {}
+    own = grad if parts else "score"
+    log_probs, got = LogProbs(model, latent_grad=grad), {}
+    reference = LogProbs(naive.tiny(seed=4, **parts), latent_grad=own).requires_grad_(False)
     monkeypatch.setattr(train, "finish_step", lambda *_: got.update(
         {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}) or 1.0)
-    cfg = train.Config(questions_per_step=4, group=4, minibatch=16, micro_batch=8, kl_coef=0.3)
+    cfg = train.Config(questions_per_step=4, group=4, minibatch=16, micro_batch=micro_batch, kl_coef=0.3)
     stats = train.update(train.Run(cfg, "rl"), log_probs, reference, None, rollout, advantage, 0.0, 1, [])
     model.zero_grad()
-    new = log_probs(rollout)
-    kl = divergence(new, reference(rollout), rollout).mean()
-    (objective(new, rollout, advantage, 16)[0] + 0.3 * kl).backward()
+    kl = divergence(LogProbs(model, latent_grad=own)(rollout), reference(rollout), rollout).mean()
+    (objective(log_probs(rollout), rollout, advantage, 16)[0] + 0.3 * kl).backward()
     assert math.isclose(stats["kl"], kl.item(), rel_tol=1e-4)
     for name, g in got.items():
         scale = float(g.abs().max())
@@ -340,7 +349,7 @@ def test_clipping():
         assert math.isclose(loss.item(), -want, rel_tol=1e-5)
         loss.backward()
         assert (float(new.grad.abs().sum()) == 0) == (want in (1.2, -0.8) or diff == 9.0)
-        assert stats["clip_frac"] == float(abs(math.exp(min(diff, 3)) - 1) > 0.2)
+        assert (stats["clipped"], stats["ratios"]) == (2 * (abs(math.exp(min(diff, 3)) - 1) > 0.2), 2)
 
 
 def test_latent_mean_and_coef():

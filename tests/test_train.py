@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 from data import load
 from eval import find_checkpoint, run_main
 from eval import main as evaluate
-from faults import differences, finish, start
+from faults import differences, finish, metrics, start
 from safetensors.torch import load_file, save_file
 from train import Config, Run, batch_indices, build, check, curriculum, load_optimizer, parse, read_data, resolve
 from train import main as train
@@ -49,12 +50,21 @@ def test_rl_moves_all_but_the_decoder(warm, rl):
     assert moved == {"model.safetensors", "heads.safetensorslatent_head", "heads.safetensorsstop_head"}
 
 
+def assert_logged_the_same(a, b, stage):
+    a, b = metrics(Path(a) / stage), metrics(Path(b) / stage)
+    assert len(a) == len(b) > 0
+    for x, y in zip(a, b):
+        x, y = ({k: v for k, v in {**row, **row.get("valid", {})}.items() if k not in ("valid", "stage")} for row in (x, y))
+        assert x == pytest.approx(y, rel=1e-3, abs=1e-4)
+
+
 @pytest.mark.parametrize("stage", ("vae", "rl"))
 def test_two_processes_equal_one(tmp_path, vae, warm, rl, data, stage):
     """Same global batch, same rollouts: the same parameters and optimizer state after several steps."""
     flags = ["--max_iters", "8"] if stage == "vae" else ["--max_iters", "3", "--init", str(warm)]
     finish(start(*command(tmp_path, data, *flags, stage=stage), processes=2))
     assert_same(weights(tmp_path, stage), weights(vae if stage == "vae" else rl, stage))
+    assert_logged_the_same(tmp_path, vae if stage == "vae" else rl, stage)
 
 
 @pytest.mark.parametrize("stage", ("vae", "rl"))
@@ -62,6 +72,7 @@ def test_accumulation_changes_nothing(tmp_path, vae, warm, rl, data, stage):
     flags = ["--max_iters", "8"] if stage == "vae" else ["--max_iters", "3", "--init", str(warm)]
     train(command(tmp_path, data, *flags, "--micro_batch", "3", stage=stage))
     assert_same(weights(tmp_path, stage), weights(vae if stage == "vae" else rl, stage))
+    assert_logged_the_same(tmp_path, vae if stage == "vae" else rl, stage)
 
 
 def test_same_seed_same_weights_other_seed_other_weights(tmp_path, vae, data):
@@ -73,7 +84,8 @@ def test_same_seed_same_weights_other_seed_other_weights(tmp_path, vae, data):
 
 
 @pytest.mark.parametrize("method, stage, annotated, count", [
-    ("atp", "vae", 0, 38), ("atp", "vae", 10, 10), ("cot", "cot", 10, 10), ("nocot", "nocot", 10, 57), ("atp", "rl", 10, 57)])
+    ("atp", "vae", 0, 38), ("atp", "vae", 10, 10), ("cot", "cot", 0, 38), ("simcot", "vae", 0, 38),
+    ("nocot", "nocot", 10, 57), ("atp", "rl", 10, 57)])
 def test_only_imitation_needs_steps(tmp_path, data, method, stage, annotated, count):
     """60 questions, the last 3 for validation; every third shows no steps."""
     lines = Path(data).read_text().splitlines()
@@ -234,7 +246,8 @@ def run(script, *args):
     (["--minibatch", "7"], "--minibatch"), (["--group", "1"], "--group"), (["--lr", "nan"], "--lr"), (["--lr", "-1"], "--lr"),
     (["--data", "nothing"], "nothing"), (["--stage", "vae", "--data", "gsm8k", "--data_dir", "nowhere"], "data.py gsm8k"),
     (["--batch_size", "0"], "--batch_size"), (["--latent_temperature", "0"], "--latent_temperature"),
-    (["--max_steps", "256"], "--max_steps"),
+    (["--max_steps", "256"], "--max_steps"), (["--method", "simcot", "--vae", "yes"], "--vae"),
+    (["--method", "cot", "--decode", "yes"], "--decode"), (["--stage", "cot", "--method", "simcot"], "--stage cot"),
 ])
 def test_user_errors_of_train(args, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -317,6 +330,33 @@ def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, vae, data, number, mo
     assert find_checkpoint(tmp_path / "vae").name == "step-0000005"
     train(["--stage", "vae", "--resume", "--out_dir", str(tmp_path)])
     assert_same(weights(tmp_path, "vae"), weights(vae, "vae"), exact=True)
+
+
+def test_resume_takes_the_divergence_from_the_same_start(tmp_path, vae, warm, rl, data, monkeypatch):
+    """Wherever that is by now; nothing, or another checkpoint, in its place is refused."""
+    import train as module
+    shutil.copytree(warm / "vae", tmp_path / "vae")
+    place, real = find_checkpoint(tmp_path / "vae"), module.end_step
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "end_step", lambda run, *rest: setattr(run, "signal", signal.SIGINT) or real(run, *rest))
+        with pytest.raises(SystemExit):
+            train(command(tmp_path, data, "--max_iters", "3", stage="rl"))
+    resume = ["--stage", "rl", "--resume", "--out_dir", str(tmp_path)]
+    (tmp_path / "vae").rename(tmp_path / "moved")
+    shutil.copytree(vae / "vae", tmp_path / "vae")
+    with pytest.raises(FileNotFoundError, match=f"{place}: no such checkpoint; --kl_coef needs the one"):
+        train(resume)
+    find_checkpoint(tmp_path / "vae").rename(place)
+    with pytest.raises(ValueError, match=f"{place} is not the checkpoint that this run began with"):
+        train(resume)
+    train([*resume, "--init", str(tmp_path / "moved")])
+    assert_same(weights(tmp_path, "rl"), weights(rl, "rl"), exact=True)
+
+
+def test_coherence_alone_needs_a_decoder(tmp_path, warm, data):
+    flags = ["--init", str(warm), "--decode", "no", "--w_acc", "0", "--w_coh", "1"]
+    with pytest.raises(ValueError, match="--w_acc 0 --w_coh 1.0: .* has no decoder"):
+        train(command(tmp_path, data, *flags, stage="rl"))
 
 
 def test_resume_refuses_to_become_another_run(vae, data):
