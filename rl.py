@@ -201,7 +201,7 @@ def divergence(new, reference, rollout):
     for p, q, mask in choices:
         log_ratio = q - p
         most = log_ratio.clamp(max=10)  # beyond, the exponential goes on as its tangent: the pull grows no more
-        sides.append((most.exp() * (1 + log_ratio - most) - log_ratio - 1, mask))
+        sides.append((most.exp() * (1 + (log_ratio - most)) - log_ratio - 1, mask))
     return sum((kl * mask).flatten(1).sum(dim=1) / mask.flatten(1).sum(dim=1).clamp(min=1) for kl, mask in sides)
 
 
