@@ -230,6 +230,8 @@ def _read_lines(path: Path) -> list[str]:
                 lines.append(line.decode("utf-8-sig" if not lines else "utf-8").rstrip("\r\n"))
             except UnicodeDecodeError as error:
                 raise ValueError(f"{where}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
+            if "\r" in lines[-1]:
+                raise ValueError(f"{where}: a carriage return inside the line; lines must end in \\n or \\r\\n")
     return lines
 
 
@@ -350,7 +352,8 @@ CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
 class Tokenizer:
     """A byte-level BPE tokenizer: tiktoken does the merging, the file's own ids come out.
 
-    special: {name: id} of all special tokens; vocab_size: highest id + 1; bos_id, eos_id: int or None.
+    special: {name: id} of all special tokens; vocab_size: highest id + 1; bos_id, eos_id: int or None. A byte that the
+    vocabulary lacks (a control character) is dropped, after merging; Hugging Face drops it before.
     """
 
     def __init__(self, ranks: dict[bytes, int], ids: list[int], special: dict[str, int], pattern: str,
@@ -449,7 +452,12 @@ class Tokenizer:
         """Text -> ids, never a special token's: right for data, which must not be able to inject one."""
         if len(text) > MAX_TEXT:
             raise ValueError(f"a text of {len(text)} characters is too long to tokenize (at most {MAX_TEXT})")
-        ranks = self._bpe.encode_ordinary(text)
+        try:
+            ranks = self._bpe.encode_ordinary(text)
+        except BaseException as error:  # a regex that fails on this text is a panic of Rust's, no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(f"the tokenizer's pattern fails on {short(text)}") from None
         return ranks if self._ids is None else [self._ids[r] for r in ranks if self._ids[r] >= 0]
 
     def encode(self, text: str) -> list[int]:
@@ -466,6 +474,12 @@ class Tokenizer:
         if name not in self.special:
             raise ValueError(f"the tokenizer has no special token '{name}'")
         return self.special[name]
+
+    def end_id(self) -> int:
+        """eos_id. Raises ValueError where there is none."""
+        if self.eos_id is None:
+            raise ValueError(f"the tokenizer has no end token (one of {', '.join(EOS_NAMES)}, or eos_token_id in config.json)")
+        return self.eos_id
 
     def add_special(self, *names: str) -> list[int]:
         """The ids of these special tokens; unknown ones are appended at the end of the id space."""
@@ -787,12 +801,10 @@ class Encoded:
 
 def encode_example(example: Example, tokenizer: Tokenizer) -> Encoded:
     """"question\\n", "<<48/2=24>>\\n" each, "### 72" + eos. Raises ValueError if the tokenizer has no eos."""
-    if tokenizer.eos_id is None:
-        raise ValueError(f"the tokenizer has no end token (one of {', '.join(EOS_NAMES)}, or eos_token_id in config.json)")
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     encode = tokenizer.encode_ordinary
     return Encoded(bos + encode(example.question.strip() + "\n"), [encode(step + "\n") for step in example.steps],
-                   encode("### " + example.answer) + [tokenizer.eos_id], example)
+                   encode("### " + example.answer) + [tokenizer.end_id()], example)
 
 
 def encode_all(examples: list[Example], tokenizer: Tokenizer, max_len: int) -> tuple[list[Encoded], int]:
@@ -917,6 +929,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if unknown := [name for name in args.names if name not in (*DATASETS, "all")]:
             raise ValueError(f"no dataset '{unknown[0]}'; choose from all, {', '.join(DATASETS)}")
+        url = args.base_url or "http:"
+        if urllib.parse.urlsplit(url).scheme not in ("http", "https") or not url.isprintable():
+            raise ValueError(f"--base_url {url!r}: must begin with http:// or https://")
         if args.source_dir and not Path(args.source_dir).is_dir():
             raise FileNotFoundError(f"--from {args.source_dir}: no such folder")
         if not args.names:

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import TEST_SETS, Parser, Tokenizer, encode_all, extract_answer, is_correct, load, parse_number
+from data import TEST_SETS, Parser, Tokenizer, encode_all, extract_answer, is_correct, load
 from model import read_json, write_json
 from rl import answer_texts, coherence, plan_texts
 from vae import LatentReasoner, Noise
@@ -45,8 +45,11 @@ def read_state(ckpt):
     """What train.json says of a checkpoint: the configuration it was trained with, its step. ValueError without."""
     file = Path(ckpt) / "train.json"
     state = read_json(file)
-    if not isinstance(state, dict) or not isinstance(state.get("config"), dict) or type(state.get("step")) is not int:
+    config = state.get("config") if isinstance(state, dict) else None
+    if not isinstance(config, dict) or type(state.get("step")) is not int:
         raise ValueError(f"{file}: keys 'config' and 'step' of a checkpoint are missing")
+    if not isinstance(config.get("method"), str) or type(config.get("seed")) is not int:
+        raise ValueError(f"{file}: config has no 'method' or no 'seed'")
     return state
 
 
@@ -64,7 +67,14 @@ def read_metrics(lines, file):
 
 def token_limit(model, longest):
     """Most tokens of an answer: 16, and for text methods room for the chain of thought."""
-    return 16 if model.config.latent else longest
+    return 16 if model.config.latent else min(longest, model.policy.config.max_position_embeddings)
+
+
+def check_vocabulary(tokenizer, policy, path):
+    """ValueError where ids of the tokenizer have no row in the weights."""
+    if tokenizer.vocab_size > policy.config.vocab_size:
+        raise ValueError(f"{path}: its tokenizer has {tokenizer.vocab_size} ids, its weights have rows for "
+                         f"{policy.config.vocab_size}: they do not belong together")
 
 
 @torch.no_grad()
@@ -112,7 +122,7 @@ def evaluate(model, tokenizer, encoded, batch_size=128, samples=0, seed=0, max_t
             right = sum(is_correct(t, e.example) for t in mine)
             for k in ks:
                 totals[f"pass@{k}"] += 1 - math.comb(samples - right, k) / math.comb(samples, k)
-            votes = Counter(parse_number(a) for a in map(extract_answer, mine) if a is not None)
+            votes = Counter(a for a in map(extract_answer, mine) if a is not None)
             totals[f"maj@{samples}"] += bool(votes) and is_correct(f"### {votes.most_common(1)[0][0]}", e.example)
         if progress:
             progress.update(len(part))
@@ -158,10 +168,13 @@ def measure(ckpt, sets, args):
     """({set: figures}, {set: what became of each question}) of a checkpoint on [(name, examples)]."""
     model = LatentReasoner.from_pretrained(ckpt, device=args.device)
     tokenizer = Tokenizer.from_pretrained(ckpt)
+    check_vocabulary(tokenizer, model.policy, ckpt)
     benchmarks, answered = {}, {}
     for name, examples in sets:
         examples = examples[:args.limit] if args.limit else examples
         encoded, skipped = encode_all(examples, tokenizer, model.policy.config.max_position_embeddings)
+        if not encoded:
+            raise ValueError(f"{name}: none of its questions fits the context of {ckpt}")
         if skipped:
             print(f"{name}: {skipped} questions are longer than the context and were left out", file=sys.stderr)
         with tqdm(total=len(encoded) * (2 if args.samples else 1), desc=name, disable=None, leave=False) as bar:
@@ -306,14 +319,17 @@ def comparison(groups, baseline):
     return markdown(head, rows)
 
 
-def pyplot():
-    """matplotlib.pyplot without a display. ValueError where it is not installed."""
+def pyplot(file):
+    """matplotlib.pyplot without a display. ValueError where it is not installed, or does not write such a file."""
     try:
         import matplotlib
     except ImportError:
         raise ValueError("--plot needs matplotlib, which is not installed (pip install matplotlib)") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    formats = plt.FigureCanvasBase.get_supported_filetypes()
+    if Path(file).suffix[1:] not in formats:
+        raise ValueError(f"--plot {file}: its name must end in .{', .'.join(sorted(formats))}")
     return plt
 
 
@@ -323,7 +339,7 @@ CURVES = ("reward", "accuracy", "coherence", "latents", "sigma", "ratio_max", "c
 def plot(file, groups):
     """Accuracy against tokens (mean over the sets and seeds, bars of a standard deviation), and what metrics.jsonl has
     of the RL runs: a thin line a seed, a thick one for their mean, smoothed over 5 lines."""
-    plt = pyplot()
+    plt = pyplot(file)
     planned = [(f"C{i % 10}", [r.metrics() for r in g.results]) for i, g in enumerate(groups) if g.results[0].planned]
     panels = 1 + (len(CURVES) if planned else 0)
     fig, axes = plt.subplots(-(-panels // 3), min(panels, 3), figsize=(4.2 * min(panels, 3), 2.8 * -(-panels // 3) + 1),
@@ -350,10 +366,7 @@ def plot(file, groups):
         axis.ticklabel_format(useOffset=False)
     for axis in axes[panels:]:
         axis.remove()
-    try:
-        fig.savefig(file, dpi=90)
-    except ValueError as e:  # a name that ends in no known format
-        raise ValueError(f"--plot {file}: {e}") from None
+    fig.savefig(file, dpi=90)
     plt.close(fig)
 
 
@@ -426,17 +439,21 @@ def main(argv=None):
         file = getattr(args, name)
         if file and not Path(file).absolute().parent.is_dir():
             raise FileNotFoundError(f"--{name} {file}: no such folder")
+        if file and Path(file).is_dir():
+            raise ValueError(f"--{name} {file}: that is a folder; name a file")
     for name in ("limit", "samples", "explain"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name} must not be negative")
     for name in ("temperature", "latent_temperature"):
-        if not 0 <= getattr(args, name) < math.inf:
-            raise ValueError(f"--{name} must not be negative")
+        if getattr(args, name) and not 1e-3 <= getattr(args, name) < math.inf:
+            raise ValueError(f"--{name} must be 0 or at least 0.001")
     if args.batch_size < 1 or args.max_tokens < 1:
         raise ValueError("--batch_size and --max_tokens must be at least 1")
+    if args.samples > 10_000:
+        raise ValueError("--samples must be at most 10000: those of a question go through the model together")
     if args.plot:
-        pyplot()  # before the work
-    named = [c for path in args.compare or () for c in checkpoints(path)] or [find_checkpoint(args.ckpt or "out")]
+        pyplot(args.plot)  # before the work
+    named = [c for path in args.compare or () for c in checkpoints(path)] or [find_checkpoint("out" if args.ckpt is None else args.ckpt)]
     paths = list(dict.fromkeys(named))  # a run may be named twice
     for r in (Result(c, read_state(c), {}, {}) for c in paths) if args.plot else ():
         r.planned and r.metrics()  # a missing or broken file before the work

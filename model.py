@@ -230,7 +230,7 @@ class Rows:
 
 class Hold(torch.autograd.Function):
     """A weight, and at the end of backward the gradient that all uses of it have left in `uses`. Autograd runs this
-    node when every pass is done with it."""
+    node when every pass is done with it; a backward that asks for no gradient of the weight must be the graph's last."""
 
     @staticmethod
     def forward(ctx, weight, dtype, uses):

@@ -40,7 +40,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from data import BUILTIN, DATASETS, TEST_SETS, Parser, Tokenizer, builtin_tokenizer, encode_all, load
-from eval import evaluate, find_checkpoint, markdown, mean_figures, read_metrics, read_state, run_main
+from eval import check_vocabulary, evaluate, find_checkpoint, markdown, mean_figures, read_metrics, read_state, run_main
 from model import LLaMA, LLaMAConfig, save_tensors, write_json
 from rl import LogProbs, advantages, divergence, objective, score
 from vae import END, METHODS, START, LatentConfig, LatentReasoner, Noise, collate, target_tokens
@@ -206,8 +206,8 @@ def check(cfg):
         raise ValueError(f"--minibatch {cfg.minibatch} must be --questions_per_step {cfg.questions_per_step} times a "
                          f"divisor of --group {cfg.group}: an optimizer step takes as many rollouts of every question")
     for name in ("temperature", "latent_temperature"):
-        if getattr(cfg, name) <= 0:
-            raise ValueError(f"--{name} must be positive")
+        if getattr(cfg, name) < 1e-3:
+            raise ValueError(f"--{name} must be at least 0.001")
     for part, needs in (("vae", "head"), ("stop", "latent"), ("decode", "latent")):
         if getattr(cfg, part) == "yes" and not METHODS[cfg.method][needs]:
             raise ValueError(f"--{part} yes does not go with --method {cfg.method}")
@@ -370,12 +370,19 @@ def build(cfg, run):
     method = METHODS[cfg.method]
     parts = {k: {"yes": True, "no": False}.get(getattr(cfg, k), method[k]) for k in ("vae", "stop", "decode")}
     tokenizer = Tokenizer.from_pretrained(init) if init else builtin_tokenizer()
+    model = policy = None
+    if init and (init / "latent.json").is_file():
+        model = LatentReasoner.from_pretrained(init, device=device)
+        check_vocabulary(tokenizer, model.policy, init)
+    elif init:
+        policy = LLaMA.from_pretrained(init, device=device)
+        check_vocabulary(tokenizer, policy, init)
     tokenizer.add_special(START, END)
     start, end = tokenizer.token_id(START), tokenizer.token_id(END)
     latent = LatentConfig(**{**method, **parts}, method=cfg.method, thoughts_per_step=cfg.thoughts_per_step,
-                          max_steps=cfg.max_steps, start_id=start, end_id=end, eos_id=tokenizer.eos_id)
-    if init and (init / "latent.json").is_file():
-        model, new = LatentReasoner.from_pretrained(init, device=device).reconfigured(latent)
+                          max_steps=cfg.max_steps, start_id=start, end_id=end, eos_id=tokenizer.end_id())
+    if model:
+        model, new = model.reconfigured(latent)
         if new and cfg.stage == "rl":
             raise ValueError(f"--stage rl: {cfg.init} has no {new[0]}; train it first (--stage vae --init {cfg.init})")
         if new:
@@ -383,9 +390,7 @@ def build(cfg, run):
         return model.to(device), tokenizer
     if cfg.stage == "rl":
         raise ValueError(f"--stage rl starts from a checkpoint of --stage vae; {cfg.init} is a bare LLaMA")
-    if init:
-        policy = LLaMA.from_pretrained(init, device=device)
-    else:
+    if not policy:
         policy = LLaMA(LLaMAConfig(
             vocab_size=tokenizer.vocab_size, hidden_size=cfg.hidden_size, intermediate_size=cfg.intermediate_size,
             num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads, num_key_value_heads=cfg.heads,

@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from model import LLaMA, KVCache, first, read_json, save_tensors, tensor_headers, write_json
+from model import FLOATS, LLaMA, KVCache, first, read_json, save_tensors, tensor_headers, write_json
 
 METHODS = {  # paper, section 4: the baselines are parts switched off
     "atp":     dict(latent=True, head=True, vae=True, stop=True, decode=True),
@@ -558,8 +558,8 @@ class LatentReasoner(nn.Module):
         file = path / "heads.safetensors"
         own = {n: p for n, p in model.state_dict().items() if not n.startswith(("policy.", "decoder."))}
         if own:
-            shapes = {n: shape for n, (shape, *_) in tensor_headers(file).items()}
-            if shapes != {n: tuple(p.shape) for n, p in own.items()}:
+            found = {n: (shape, kind in FLOATS) for n, (shape, kind, _) in tensor_headers(file).items()}
+            if found != {n: (tuple(p.shape), True) for n, p in own.items()}:
                 raise ValueError(f"{file}: its tensors are not the heads that {path / 'latent.json'} asks for")
             model.load_state_dict(load_file(file), strict=False)
         return model

@@ -176,7 +176,7 @@ def test_read_svamp(tmp_path):
     ("a.jsonl", PAL % ("1e" + "9" * 30), ":1: "), ("a.jsonl", PAL % ("9" * 5000), ":1: "), ("a.jsonl", PAL % "true", ":1: the answer"),
     ("a.jsonl", PAL % "null", ":1: the answer"), ("a.jsonl", PAL % ("9" * 65), ":1: the answer"), ("a.jsonl", '{"input": "x"}', ":1: key 'target' is missing"),
     ("a.jsonl", "", "empty"), ("a.txt", "\n \n", "empty"), ("a.jsonl", b"\xef\xbb\xbf", "empty"),
-    ("a.txt", "q||#### 5\nq #### 5", ":2: must read"), ("a.txt", "q||5", ":1: must read"), ("a.txt", "q||#### five", ":1: the answer 'five' is no number"),
+    ("a.txt", "q||#### 5\rq||#### 6\r", ":1: a carriage return inside"), ("a.txt", "q||#### 5\nq #### 5", ":2: must read"), ("a.txt", "q||5", ":1: must read"), ("a.txt", "q||#### five", ":1: the answer 'five' is no number"),
     ("a.txt", "q||#### 5\n" + "x" * 10_000_001, ":2: line of more than"), ("a.txt", "||#### 5", ":1: 'question' is empty"),
     ("s.json", json.dumps(SVAMP)[:-5], ":1: broken JSON"), ("s.json", "[\n{},\n{]", ":3: broken JSON"), ("s.json", "[]", "empty"), ("s.json", "[5]", "item 1: must be"),
     ("s.json", json.dumps([{**SVAMP[0], "Equation": "import os"}]), "item 1: 'Equation'"), ("s.json", json.dumps([{**SVAMP[0], "Answer": "x"}]), "item 1: the answer"),
@@ -211,8 +211,8 @@ def test_load_own_file(tmp_path):
             data.load(str(name), split, tmp_path)
         one_line(error)
     assert "gsm8k_aug" in str(error.value)  # names the datasets
-    with pytest.raises(FileNotFoundError, match="run `python data.py gsm8k`"):
-        os.chdir(tmp_path) or data.load("gsm8k", "train")
+    with pytest.raises(FileNotFoundError, match="run `python data.py gsm8k --data_dir"):
+        data.load("gsm8k", "train", tmp_path / "nowhere")
 
 
 @needs_shared
@@ -480,6 +480,14 @@ def test_bad_tokenizer_json(tmp_path, change, problem):
     one_line(error, "tokenizer.json", problem)
 
 
+def test_a_pattern_that_fails_on_a_text_is_an_error_of_ours():
+    """Not a panic of the library's, which no `except Exception` sees."""
+    tokenizer = Tokenizer({bytes([b]): b for b in range(256)}, list(range(256)), {}, r"\b", ("x", b""))
+    with pytest.raises(ValueError) as error:
+        tokenizer.encode("a" * 40 + "!")
+    one_line(error, "pattern fails on")
+
+
 def test_merges_out_of_order_are_refused(tmp_path):
     hf = tokenizers.Tokenizer(models.BPE({t: i for i, t in enumerate([*data.BYTE_TO_CHAR.values(), "ab", "abc", "bc"])},
                                          [("ab", "c"), ("b", "c"), ("a", "b")]))  # "abc": bc comes first here, ab + c there
@@ -708,7 +716,8 @@ def test_interrupt_keeps_the_part(server, tmp_path, monkeypatch, capsys):
     assert data.main(argv) == 130
     assert os.listdir(tmp_path) == ["svamp.json.part"] and "Traceback" not in capsys.readouterr().err
     monkeypatch.undo()
-    assert BODY.startswith((tmp_path / "svamp.json.part").read_bytes())
+    part = (tmp_path / "svamp.json.part").read_bytes()
+    assert part and BODY.startswith(part)
 
 
 def test_from_folder(server, tmp_path):
@@ -722,6 +731,13 @@ def test_from_folder(server, tmp_path):
     assert os.listdir(tmp_path / "e") == [] and (tmp_path / "usb/svamp.json").is_file()
     (tmp_path / "usb/svamp.json").unlink()  # what the folder lacks is fetched
     assert fetch(server, tmp_path / "e", source_dir=tmp_path / "usb").read_bytes() == BODY and len(server.requests) == 1
+
+
+@pytest.mark.parametrize("url", ("file:///mirror", "data:text/plain,x", "mirror", "http://a\nb"))
+def test_bad_base_url(tmp_path, capsys, url):
+    assert data.main(["svamp", "--data_dir", str(tmp_path), "--base_url", url]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: --base_url") and err.count("\n") == 1 and os.listdir(tmp_path) == []
 
 
 def test_base_url_keeps_the_path(server, tmp_path, capsys):

@@ -6,14 +6,18 @@ import shutil
 import statistics
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import eval
 import pytest
 import torch
+from data import Encoded, Example
 from eval import ASIDE, PLANNING, Result, checkpoints, comparison, difference, grouped, main, run_main
+from test_rl import Words
 from test_train import SMALL
 from train import Config
 from train import main as train
+from vae import LatentConfig
 
 
 def result(name, seed, right, stage=6, **config):
@@ -112,12 +116,18 @@ def test_compare_from_the_command_line(runs, capsys):
         main(["--compare", folders[0], "--baseline", str(runs / "out_1" / "vae"), *data])
 
 
+CKPT = "a checkpoint"
+
+
 @pytest.mark.parametrize("args, words", [
     (["--baseline", "x"], "--baseline and --plot go with --compare"), (["--compare", "x", "--explain", "1"], "--explain go without"),
     (["--device", "gpu"], "--device"), (["--seed", "-1"], "--seed"), (["--json", "nowhere/x.json"], "--json nowhere/x.json: no such"),
-    (["--temperature", "-1"], "--temperature"), (["--latent_temperature", "nan"], "--latent_temperature")])
-def test_user_errors_of_eval(args, words, capsys, tmp_path, monkeypatch):
+    (["--json", "."], "--json .: that is a folder"), (["--ckpt", ""], ": no checkpoint there"), (["--samples", "20000"], "--samples"),
+    (["--data", "long.txt", "--ckpt", CKPT], "none of its questions fits"), (["--temperature", "-1"], "--temperature"), (["--latent_temperature", "nan"], "--latent_temperature")])
+def test_user_errors_of_eval(args, words, runs, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "long.txt").write_text(f"Ann has {'1 and ' * 400}2 pens.||<<1+2=3>> #### 3")
+    args = [str(runs / "out_0") if a == CKPT else a for a in args]
     with pytest.raises(SystemExit) as e:
         run_main(lambda: main(args))
     err = capsys.readouterr().err
@@ -135,13 +145,48 @@ def test_plot(runs, tmp_path, capsys):
     args = ["--compare", str(runs / "out_0"), "--data", str(runs / "questions.txt"), "--plot"]
     main([*args, str(tmp_path / "x.png")])
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="--plot .*x.zzz"):
-        main([*args, str(tmp_path / "x.zzz")])
+    with pytest.raises(ValueError, match="--plot .*x.zzz: its name must end in .*png"):
+        main(["--compare", "nothing", "--plot", str(tmp_path / "x.zzz")])
     copy = shutil.copytree(runs / "out_0", tmp_path / "copy")
     with open(copy / "rl" / "metrics.jsonl", "a") as f:
         f.write("{\n")
     with pytest.raises(ValueError, match="metrics.jsonl:4: not a line of metrics"):
         main(["--compare", str(copy), *args[2:], str(tmp_path / "y.png")])
+
+
+class Canned:
+    """A model that answers question [1] greedily with 72, by a coherent plan of two steps, and in samples with 72, 24, 24,
+    24; question [2, 3] with 24, without an end and by a plan that leads to 72, and in samples with 24, 24, 72, 24."""
+
+    config = LatentConfig("atp", True, True, True, True, True, thoughts_per_step=2, max_steps=3, start_id=8, end_id=9, eos_id=0)
+    policy, decoder = SimpleNamespace(config=SimpleNamespace(hidden_size=4)), object()
+    right, wrong = [1, 2, 0], [1, 3, 0]
+
+    def eval(self):
+        return self
+
+    def decode_steps(self, z, steps):
+        return [[[4], [5]][2 - int(n):] for n in steps]
+
+    def rollout(self, questions, group=1, noise=None, max_tokens=16, temperature=1.0, latent_temperature=1.0):
+        self.asked = temperature, latent_temperature
+        first, second = ([self.right], [[1, 3]]) if noise is None else (
+            [self.right] + 3 * [self.wrong], [self.wrong, self.wrong, self.right, self.wrong])
+        tokens = [row for q in questions for row in (first if q == [1] else second)]
+        return SimpleNamespace(tokens=torch.tensor([t + [0] * (3 - len(t)) for t in tokens]), group=group, z=None,
+                               lengths=torch.tensor([len(t) for t in tokens]),
+                               steps=torch.tensor([2 if q == [1] else 1 for q in questions]))
+
+
+def test_figures_of_evaluate():
+    questions = [Encoded([2, 3], [], [], Example("b", (), "24", "b")), Encoded([1], [], [], Example("a", (), "72", "a"))]
+    model = Canned()
+    figures, answered = eval.evaluate(model, Words(), questions, samples=4, temperature=0.5, latent_temperature=3.0)
+    assert figures == pytest.approx({
+        "n": 2, "accuracy": 1, "latents": (4 + 2) / 2, "tokens": (4 + 2 + 2 + 2) / 2, "coherence": (1 + 0) / 2,
+        "pass@1": (1 + 3) / 8, "pass@2": (1 / 2 + 1) / 2, "pass@4": 1, "maj@4": (0 + 1) / 2})
+    assert model.asked == (0.5, 3.0) and [e["id"] for e in answered] == ["b", "a"]
+    assert [e["plan"] for e in answered] == [["<<48+24=72>>"], ["<<48/2=24>>", "<<48+24=72>>"]]
 
 
 def test_samples_at_temperature_0_differ_by_their_latents_alone(runs, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from faults import differences, finish, metrics, start
 from safetensors.torch import load_file, save_file
 from train import Config, Run, batch_indices, build, check, curriculum, load_optimizer, parse, read_data, resolve
 from train import main as train
-from vae import LatentReasoner
+from vae import END, START, LatentReasoner
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--hidden_size", "16", "--layers", "1", "--heads", "2", "--intermediate_size", "24", "--batch_size", "8",
@@ -148,6 +148,25 @@ def test_init_keeps_the_parts_that_both_have(vae, flags, parts, capsys):
     assert {k.split(".")[0] for k in model.state_dict()} == {"policy", *parts}
     assert all(v.equal(saved[k]) for k, v in model.state_dict().items())
     assert "made new" not in capsys.readouterr().out
+
+
+def test_new_tokens_begin_like_a_step(tmp_path, vae, data):
+    """Those around the latents are copies of "<<" (METHOD: what a step begins with). A tokenizer of other weights, or
+    without an end, is refused."""
+    cfg = resolve(parse(SMALL))
+    model, tokenizer = build(cfg, Run(cfg, "vae"))
+    rows, [like] = model.policy.embed_tokens.weight, tokenizer.encode("<<")
+    for name in (START, END):
+        assert torch.equal(rows[tokenizer.token_id(name)], rows[like])
+    model.policy.save_pretrained(tmp_path)
+    tokenizer.add_special("<|one|>", "<|more|>")
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="its tokenizer has .* ids, its weights have rows for"):
+        train(command(tmp_path / "out", data, "--init", str(tmp_path)))
+    shutil.copytree(find_checkpoint(vae), tmp_path / "ckpt")
+    tokenizer.save_pretrained(tmp_path / "ckpt")
+    with pytest.raises(ValueError, match="its tokenizer has .* ids, its weights have rows for"):
+        evaluate(["--ckpt", str(tmp_path / "ckpt"), "--data", data])
 
 
 def test_init_says_which_parts_are_new(tmp_path, data, vae, capsys):
