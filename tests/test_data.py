@@ -1,6 +1,7 @@
 """data.py against Hugging Face's tokenizers, the published files, and a server on 127.0.0.1."""
 import base64
 import hashlib
+import io
 import json
 import os
 import random
@@ -731,6 +732,21 @@ def test_from_folder(server, tmp_path):
     assert os.listdir(tmp_path / "e") == [] and (tmp_path / "usb/svamp.json").is_file()
     (tmp_path / "usb/svamp.json").unlink()  # what the folder lacks is fetched
     assert fetch(server, tmp_path / "e", source_dir=tmp_path / "usb").read_bytes() == BODY and len(server.requests) == 1
+
+
+def test_an_endless_response_is_cut(tmp_path, monkeypatch):
+    class Endless(io.RawIOBase):
+        status, headers, length, reads = 200, {}, None, 0
+
+        def read1(self, n):
+            self.reads += 1
+            assert self.reads < 3
+            return b"x" * n
+
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda *_, **__: Endless())
+    with pytest.raises(ValueError, match="not the published multiarith.jsonl"):
+        data.download("multiarith.jsonl", tmp_path)
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("url", ("file:///mirror", "data:text/plain,x", "mirror", "http://a\nb"))
