@@ -752,8 +752,8 @@ def make_reference(run, model, state):
 
 def rl_step(run, ddp, reference, optimizer, examples, tokenizer, step, lr):
     """Rollouts of a global batch of questions, their rewards, and the optimizer steps on them; each process takes its
-    questions. Returns statistics. Where every group has one reward, there is nothing to learn (but how near to stay to the
-    reference) and no step."""
+    questions. Returns statistics. Where every group has one reward, there is nothing to learn and no step, for the KL alone
+    neither: near the start its gradient is rounding, of which AdamW would make a full step."""
     cfg, model, G = run.cfg, getattr(ddp, "module", ddp).model, run.cfg.group
     Q, d = len(examples), model.policy.config.hidden_size
     mine = list(range(Q))[run.rank::run.world]
@@ -775,7 +775,7 @@ def rl_step(run, ddp, reference, optimizer, examples, tokenizer, step, lr):
     share = len(mine) * run.world / Q  # processes may have unlike shares of the questions
     stats = run.mean({k: float(v.mean()) * share for k, v in stats.items()})
     stats["coherence"] /= max(stats.pop("decoded"), 1 / (Q * G))  # of the plans that were decoded
-    if stats["advantage"] > 0 or reference is not None:
+    if stats["advantage"] > 0:
         model.train()
         stats |= update(run, ddp, reference, optimizer, rollout, advantage, lr, step, [e.example.id for e in examples])
     clock.append(time.time())
