@@ -929,9 +929,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if unknown := [name for name in args.names if name not in (*DATASETS, "all")]:
             raise ValueError(f"no dataset '{unknown[0]}'; choose from all, {', '.join(DATASETS)}")
-        url = args.base_url or "http:"
-        if urllib.parse.urlsplit(url).scheme not in ("http", "https") or not url.isprintable():
-            raise ValueError(f"--base_url {url!r}: must begin with http:// or https://")
+        if args.base_url and not (args.base_url.lower().startswith(("http://", "https://")) and args.base_url.isprintable()):
+            raise ValueError(f"--base_url {args.base_url!r}: must begin with http:// or https://")
         if args.source_dir and not Path(args.source_dir).is_dir():
             raise FileNotFoundError(f"--from {args.source_dir}: no such folder")
         if not args.names:

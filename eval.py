@@ -15,7 +15,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -68,6 +68,11 @@ def read_metrics(lines, file):
 def token_limit(model, longest):
     """Most tokens of an answer: 16, and for text methods room for the chain of thought."""
     return 16 if model.config.latent else min(longest, model.policy.config.max_position_embeddings)
+
+
+def check_device(name):
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this torch sees no GPU")
 
 
 def check_vocabulary(tokenizer, policy, path):
@@ -197,12 +202,12 @@ PLANNING = {"rl_lr", "rl_min_lr", "rl_warmup", "rl_iters", "questions_per_step",
 
 @dataclass
 class Result:
-    """One checkpoint, evaluated."""
+    """One checkpoint, evaluated or about to be."""
 
     ckpt: Path
     state: dict  # train.json
-    benchmarks: dict  # set -> figures
-    answered: dict  # set -> what became of each question
+    benchmarks: dict = field(default_factory=dict)  # set -> figures
+    answered: dict = field(default_factory=dict)  # set -> what became of each question
 
     @property
     def config(self):
@@ -431,8 +436,7 @@ def main(argv=None):
         raise ValueError("--baseline and --plot go with --compare")
     if args.compare and (args.ckpt or args.explain):
         raise ValueError("--ckpt and --explain go without --compare")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this torch sees no GPU")
+    check_device(args.device)
     if not 0 <= args.seed < 2**32:
         raise ValueError("--seed must be from 0 to 2^32 - 1")
     for name in ("json", "plot"):
@@ -453,19 +457,24 @@ def main(argv=None):
         raise ValueError("--samples must be at most 10000: those of a question go through the model together")
     if args.plot:
         pyplot(args.plot)  # before the work
-    named = [c for path in args.compare or () for c in checkpoints(path)] or [find_checkpoint("out" if args.ckpt is None else args.ckpt)]
-    paths = list(dict.fromkeys(named))  # a run may be named twice
-    for r in (Result(c, read_state(c), {}, {}) for c in paths) if args.plot else ():
-        r.planned and r.metrics()  # a missing or broken file before the work
-    sets = [(name, load(name, args.split, args.data_dir)) for name in args.data]  # a wrong name before the work
-    if args.compare:
-        groups = grouped([Result(c, read_state(c), *measure(c, sets, args)) for c in paths])
+    named = [c for path in args.compare or () for c in checkpoints(path)]
+    paths = list(dict.fromkeys(named)) or [find_checkpoint("out" if args.ckpt is None else args.ckpt)]  # none twice
+    sets = [(name, load(name, args.split, args.data_dir)) for name in args.data]
+    results = [Result(c, read_state(c)) for c in paths]
+    if args.compare:  # whatever is wrong with the runs, before the work
+        groups = grouped(results)
         baseline = groups[0]
         if args.baseline:
             wanted = set(checkpoints(args.baseline))
             baseline = next((g for g in groups if wanted & {r.ckpt for r in g.results}), None)
             if baseline is None:
                 raise ValueError(f"--baseline {args.baseline}: not one of the runs that --compare names")
+        for r in results if args.plot else ():
+            if r.planned:
+                r.metrics()
+    for r in results:
+        r.benchmarks, r.answered = measure(r.ckpt, sets, args)
+    if args.compare:
         print(comparison(groups, baseline))
         if args.plot:
             plot(args.plot, groups)
@@ -473,7 +482,7 @@ def main(argv=None):
             write_json(args.json, [{"label": g.label, "seed": r.seed, **r.summary()}
                                    for g in groups for r in g.results])
         return
-    result = Result(paths[0], read_state(paths[0]), *measure(paths[0], sets, args))
+    [result] = results
     explained = {name: rows[:args.explain] for name, rows in result.answered.items()}
     for e in sum(explained.values(), []):
         print(explanation(e), end="\n\n")

@@ -40,7 +40,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from data import BUILTIN, DATASETS, TEST_SETS, Parser, Tokenizer, builtin_tokenizer, encode_all, load
-from eval import check_vocabulary, evaluate, find_checkpoint, markdown, mean_figures, read_metrics, read_state, run_main
+from eval import (check_device, check_vocabulary, evaluate, find_checkpoint, markdown, mean_figures, read_metrics,
+                  read_state, run_main)
 from model import LLaMA, LLaMAConfig, save_tensors, write_json
 from rl import LogProbs, advantages, divergence, objective, score
 from vae import END, METHODS, START, LatentConfig, LatentReasoner, Noise, collate, target_tokens
@@ -196,7 +197,8 @@ def check(cfg):
     least = {**dict.fromkeys(positive, 1), "group": 2}
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)
-        if type(value) not in (f.type, int if f.type is float else f.type) or value not in CHOICES.get(f.name, (value,)):
+        kinds = (int, float) if f.type is float else (f.type,)
+        if type(value) not in kinds or value not in CHOICES.get(f.name, (value,)):
             raise ValueError(f"--{f.name} cannot be {value!r}")  # an edited train.json; flags are checked by their parser
         if f.type in (int, float) and not (least.get(f.name, 0) <= value < float("inf")):
             raise ValueError(f"--{f.name} must be at least {least.get(f.name, 0)}, not {value}")
@@ -328,8 +330,7 @@ def unwritten(path, error):
 
 def device_of(cfg):
     name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this torch sees no GPU")
+    check_device(name)
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device("cpu")
 
 
@@ -371,11 +372,10 @@ def build(cfg, run):
     parts = {k: {"yes": True, "no": False}.get(getattr(cfg, k), method[k]) for k in ("vae", "stop", "decode")}
     tokenizer = Tokenizer.from_pretrained(init) if init else builtin_tokenizer()
     model = policy = None
-    if init and (init / "latent.json").is_file():
-        model = LatentReasoner.from_pretrained(init, device=device)
-        check_vocabulary(tokenizer, model.policy, init)
-    elif init:
-        policy = LLaMA.from_pretrained(init, device=device)
+    if init:
+        if (init / "latent.json").is_file():
+            model = LatentReasoner.from_pretrained(init, device=device)
+        policy = model.policy if model else LLaMA.from_pretrained(init, device=device)
         check_vocabulary(tokenizer, policy, init)
     tokenizer.add_special(START, END)
     start, end = tokenizer.token_id(START), tokenizer.token_id(END)
@@ -488,7 +488,8 @@ def resumed(cfg, given, folder):
     for k in known & set(given) & set(saved):
         if saved[k] != given[k]:
             raise ValueError(f"--{k} {given[k]}: --resume goes on with a run that has --{k} {saved[k]} ({folder})")
-    cfg = dataclasses.replace(cfg, **{k: v for k, v in saved.items() if k in known}, init=cfg.init if "init" in given else saved["init"])
+    init = cfg.init if "init" in given else saved["init"]
+    cfg = dataclasses.replace(cfg, **{k: v for k, v in saved.items() if k in known}, init=init)
     check(cfg)
     return cfg, ckpt, state
 

@@ -433,7 +433,7 @@ def diversity(paths, samples=32, limit=100):
     decoder's words, distinct answers, pass@1 and pass@`samples`, over the first `limit` questions of each built-in test
     set; mean and deviation over seeds. A stop head's decisions are sampled throughout."""
     questions, found = [e for name in TEST_SETS for e in load(name, "test")[:limit]], {}
-    groups = grouped([Result(ckpt, read_state(ckpt), {}, {}) for ckpt in map(find_checkpoint, paths)])
+    groups = grouped([Result(ckpt, read_state(ckpt)) for ckpt in map(find_checkpoint, paths)])
     for label, ckpt in [(g.label, r.ckpt) for g in groups for r in g.results]:
         model, tokenizer = LatentReasoner.from_pretrained(ckpt).eval(), Tokenizer.from_pretrained(ckpt)
         encoded, _ = encode_all(questions, tokenizer, model.policy.config.max_position_embeddings)
