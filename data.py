@@ -645,8 +645,9 @@ BUILTIN = {  # test sets mirror the paper's GSM8K, GSM-Hard, SVAMP and MultiArit
     "hard": dict(test=1_000),
     "reworded": dict(test=1_000),
     "easy": dict(test=1_000),
+    "chain": dict(test=1_000),  # apart from them: in_dist where only one order of steps is right, in common words
 }
-TEST_SETS = tuple(name for name, sizes in BUILTIN.items() if "test" in sizes)
+TEST_SETS = ("in_dist", "hard", "reworded", "easy")
 
 NAMES = "Ada Ben Cleo Dan Eve Finn Gina Hugo".split()
 ITEMS = "coins cards books pens".split()
@@ -690,16 +691,17 @@ class _Node:
         return f"<<{a}{self.sign}{b}={self.value}>>"
 
 
-def _tree(rng, steps, wide):
-    """A random expression of `steps` operations, or None where a value leaves 1..20 (wide: 1..LARGEST)."""
+def _tree(rng, steps, wide, branch):
+    """A random expression of `steps` operations, or None where a value leaves 1..20 (wide: 1..LARGEST). `branch`:
+    probability of two computed operands."""
     large = (8, 25) if wide else (2, 12)
     small = (5, 20) if wide else (1, 9)
-    if steps > 2 and rng.random() < 0.3:  # two computed operands: their steps may come in either order
+    if steps > 2 and rng.random() < branch:  # the steps of the two operands may come in any order
         left = rng.randint(1, steps - 2)
-        children = [_tree(rng, left, wide), _tree(rng, steps - 1 - left, wide)]
+        children = [_tree(rng, left, wide, branch), _tree(rng, steps - 1 - left, wide, branch)]
         numbers, op = (), rng.choice("++-")
     else:
-        children = [_tree(rng, steps - 1, wide)] if steps > 1 else []
+        children = [_tree(rng, steps - 1, wide, branch)] if steps > 1 else []
         op = rng.choice("+-*")
         numbers = (rng.randint(2, 3) if op == "*" else rng.randint(*small),)
         if not children:
@@ -724,12 +726,12 @@ def _random_order(rng, nodes):
     return order
 
 
-def _problem(rng, id, bucket, lengths, wide, rare, distractors):
-    """One question of `bucket` (0 test, 1 validation, 2 training). `wide`, `rare`: probability of large
-    numbers and of the rare wording; `distractors`: how many statements the answer does not need."""
+def _problem(rng, id, bucket, lengths, wide, branch, rare, distractors):
+    """One question of `bucket` (0 test, 1 validation, 2 training). `wide`, `branch`, `rare`: probability of large numbers,
+    of a step on two results and of the rare wording; `distractors`: how many statements the answer does not need."""
     root, length = None, rng.choice(lengths)
     while root is None or min(zlib.crc32(root.key().encode()) % 8, 2) != bucket:
-        root = _tree(rng, length, rng.random() < wide)
+        root = _tree(rng, length, rng.random() < wide, branch)
     nodes, stack = [], [root]
     while stack:
         nodes.append(stack.pop())
@@ -754,18 +756,19 @@ def _problem(rng, id, bucket, lengths, wide, rare, distractors):
 @functools.lru_cache
 def builtin(name, split):
     """The examples of a built-in set: always the same ones, in the same order. "builtin" has the splits
-    train and valid, each of TEST_SETS has test. ValueError for another split."""
+    train and valid, the others have test. ValueError for another split."""
     if split not in BUILTIN[name]:
         raise ValueError(f"built-in set {name!r} has no split {split!r} (it has {', '.join(BUILTIN[name])})")
     mixed = (2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 6, 6)
-    lengths, wide, rare, distracted = {  # step counts; probability of large numbers, rare wording, a distractor
-        "hard": ((5, 6), 1.0, 0.0, 0.0), "reworded": (mixed, 0.0, 1.0, 1.0), "easy": ((2, 3), 0.0, 0.0, 0.0),
-    }.get(name, (mixed, 0.1, 0.1, 0.1))
+    lengths, wide, branch, rare, distracted = {  # step counts; probability of each
+        "hard": ((5, 6), 1.0, 0.3, 0.0, 0.0), "reworded": (mixed, 0.0, 0.3, 1.0, 1.0), "easy": ((2, 3), 0.0, 0.3, 0.0, 0.0),
+        "chain": (mixed, 0.1, 0.0, 0.0, 0.0),
+    }.get(name, (mixed, 0.1, 0.3, 0.1, 0.1))
     rng = random.Random(f"{name} {split}")
     bucket = {"test": 0, "valid": 1, "train": 2}[split]
     examples = {}
     while len(examples) < BUILTIN[name][split]:
-        example = _problem(rng, f"{name}_{split}:{len(examples) + 1}", bucket, lengths, wide, rare,
+        example = _problem(rng, f"{name}_{split}:{len(examples) + 1}", bucket, lengths, wide, branch, rare,
                            int(rng.random() < distracted))
         examples.setdefault(example.question, example)
     return list(examples.values())
