@@ -410,7 +410,8 @@ def run_main(main):
 def main(argv=None):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--ckpt", help="checkpoint, run folder, or folder of runs: the newest in it (out)")
-    p.add_argument("--data", nargs="+", default=list(TEST_SETS), help=f"test sets or files ({', '.join(TEST_SETS)}; chain: a fifth of this kind)")
+    p.add_argument("--data", nargs="+", default=list(TEST_SETS),
+                   help=f"test sets or files ({', '.join(TEST_SETS)}; chain: a fifth of this kind)")
     p.add_argument("--data_dir", default="data", help="where `python data.py` put the published files (data)")
     p.add_argument("--split", default="test", choices=("train", "valid", "test"), help="split of each set (test)")
     p.add_argument("--limit", type=int, default=0, help="only the first N questions of each set (0: all)")
