@@ -760,7 +760,7 @@ def builtin(name, split):
     if split not in BUILTIN[name]:
         raise ValueError(f"built-in set {name!r} has no split {split!r} (it has {', '.join(BUILTIN[name])})")
     mixed = (2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 6, 6)
-    lengths, wide, branch, rare, distracted = {  # step counts; probability of each
+    lengths, wide, branch, rare, distracted = {  # step counts; probabilities: see _problem
         "hard": ((5, 6), 1.0, 0.3, 0.0, 0.0), "reworded": (mixed, 0.0, 0.3, 1.0, 1.0), "easy": ((2, 3), 0.0, 0.3, 0.0, 0.0),
         "chain": (mixed, 0.1, 0.0, 0.0, 0.0),
     }.get(name, (mixed, 0.1, 0.3, 0.1, 0.1))
