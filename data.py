@@ -645,7 +645,8 @@ BUILTIN = {  # test sets mirror the paper's GSM8K, GSM-Hard, SVAMP and MultiArit
     "hard": dict(test=1_000),
     "reworded": dict(test=1_000),
     "easy": dict(test=1_000),
-    "chain": dict(test=1_000),  # apart from them: in_dist where only one order of steps is right, in common words
+    # apart from them, a task of its own: in_dist where only one order of steps is right, in common words
+    "chain": dict(train=40_000, valid=1_000, test=1_000),
 }
 TEST_SETS = ("in_dist", "hard", "reworded", "easy")
 
@@ -756,7 +757,7 @@ def _problem(rng, id, bucket, lengths, wide, branch, rare, distractors):
 @functools.lru_cache
 def builtin(name, split):
     """The examples of a built-in set: always the same ones, in the same order. "builtin" has the splits
-    train and valid, the others have test. ValueError for another split."""
+    train and valid, "chain" these and test, the others test. ValueError for another split."""
     if split not in BUILTIN[name]:
         raise ValueError(f"built-in set {name!r} has no split {split!r} (it has {', '.join(BUILTIN[name])})")
     mixed = (2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 6, 6)

@@ -54,7 +54,7 @@ class Config:
     stage: str = "all"  # all (vae, rl, evaluation), cot, vae, or rl
     method: str = "atp"  # atp, simcot, coconut, cot, nocot: parts switched off (README)
     init: str = ""  # Hugging Face LLaMA directory, or checkpoint or run folder of ours ("": from nothing; rl: out_dir/vae)
-    data: str = "builtin"  # builtin, gsm8k, gsm8k_aug, or a file in one of their formats (5 % of it held out)
+    data: str = "builtin"  # builtin, chain, gsm8k, gsm8k_aug, or a file in one of their formats (5 % of it held out)
     data_dir: str = "data"  # where `python data.py` puts the published files
     annotated: int = 4000  # so many training questions show their steps, to be imitated (0: all; other data: 0)
     out_dir: str = "out"  # runs go to out_dir/vae, out_dir/rl, ...
@@ -182,8 +182,8 @@ def resolve(given):
             values = {k: v for k, v in saved.items() if k in known} | {"baseline": 0}  # it would not begin from nothing
         else:
             values = dict(PRETRAINED)
-    if given.get("data", "builtin") not in (*BUILTIN, values.get("data")):
-        values["annotated"] = 0  # the default is one of the built-in task
+    if given.get("data", "builtin") not in ("builtin", values.get("data")):
+        values["annotated"] = 0  # the default is builtin's
     cfg = Config(**{**values, **given, "init": init})
     check(cfg)
     return cfg
@@ -838,7 +838,7 @@ def update(run, ddp, reference, optimizer, rollout, advantage, lr, step, ids):
 
 def report(cfg, rows):
     """The closing table: each trained model on the built-in test sets (or the data's own test split), greedy."""
-    names = TEST_SETS if cfg.data in BUILTIN else (cfg.data,)
+    names = TEST_SETS if cfg.data == "builtin" else (cfg.data,)
     split = "test" if cfg.data in (*BUILTIN, *DATASETS) else "valid"  # of a user's file, what is not trained on
     lines = []
     for label, (model, tokenizer) in rows.items():

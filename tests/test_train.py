@@ -223,7 +223,7 @@ def test_annotated_is_a_default_of_the_builtin_task_alone(vae, data, tmp_path):
     def given(*flags):
         return resolve(parse(flags)).annotated
 
-    assert 0 < given() < 40000 and given("--data", data) == 0 and given("--data", data, "--annotated", "7") == 7
+    assert 0 < given() < 40000 and given("--data", data) == given("--data", "chain") == 0 and given("--data", data, "--annotated", "7") == 7
     assert given("--init", str(vae)) == 0  # trained on `data`
     LatentReasoner.from_pretrained(find_checkpoint(vae / "vae")).policy.save_pretrained(tmp_path)
     assert given("--init", str(tmp_path)) == given("--init", str(tmp_path), "--data", "builtin") == 0
