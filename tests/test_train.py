@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from data import load
+from data import builtin_tokenizer, load
 from eval import find_checkpoint, run_main
 from eval import main as evaluate
 from faults import differences, finish, metrics, start
 from safetensors.torch import load_file, save_file
-from train import Config, Run, batch_indices, build, check, curriculum, load_optimizer, parse, read_data, resolve
+from train import Config, Run, batch_indices, build, check, curriculum, load_optimizer, parse, read_data, report, resolve
 from train import main as train
 from vae import END, START, LatentReasoner
 
@@ -227,6 +227,15 @@ def test_annotated_is_a_default_of_the_builtin_task_alone(vae, data, tmp_path):
     assert given("--init", str(vae)) == 0  # trained on `data`
     LatentReasoner.from_pretrained(find_checkpoint(vae / "vae")).policy.save_pretrained(tmp_path)
     assert given("--init", str(tmp_path)) == given("--init", str(tmp_path), "--data", "builtin") == 0
+
+
+@pytest.mark.parametrize("task, sets", [("builtin", ["in_dist", "hard", "reworded", "easy"]), ("chain", ["chain"])])
+def test_closing_table_is_of_the_task_trained_on(task, sets, vae, monkeypatch, capsys):
+    model, tokenizer = LatentReasoner.from_pretrained(find_checkpoint(vae)), builtin_tokenizer()
+    monkeypatch.setattr("train.evaluate", lambda model, tokenizer, encoded: ({"n": len(encoded), "accuracy": 0.5, "tokens": 2.0,
+                                                                            "latents": 0.0, "coherence": 0.0}, []))
+    report(resolve(parse(["--data", task])), {"untrained": (model, tokenizer)})
+    assert capsys.readouterr().out.splitlines()[0] == "|  | " + " | ".join([*sets, "mean", "tokens", "coherence"]) + " |"
 
 
 def test_answer_only_makes_as_many_steps_as_imitation(tmp_path, data, capsys):
