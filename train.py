@@ -121,8 +121,7 @@ class Config:
     threads: int = 0  # CPU threads (0: torch's choice)
 
 
-# The other sets of defaults. With --data chain, from nothing: ten times as many questions show their steps, so a tenth of
-# the epochs
+# The other sets of defaults. --data chain, from nothing: every question shows its steps, so fewer epochs do
 CHAIN = dict(baseline=5000, cot_epochs=1.2, epochs_per_stage=0.1, final_epochs=2.2)
 # The paper's recipe, where --init is a pretrained LLaMA (paper, sections 4 and 5)
 PRETRAINED = dict(
