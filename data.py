@@ -1,30 +1,26 @@
-"""Questions, answers and tokens: datasets, answer check, tokenizer, encoding, downloads.
+"""Questions, answers and tokens: answer check, readers, tokenizer, built-in task, encoding, downloads.
 
-    python data.py                      the datasets, and which of them are here
-    python data.py gsm8k svamp          download (resumes; every file is checked against a pinned SHA-256)
-    python data.py all --from DIR       take the files from DIR where it has them
+    python data.py                      list the datasets and say which of them are here
+    python data.py gsm8k svamp          download them; every file is checked against a pinned SHA-256
+    python data.py all --from DIR       copy the files that DIR has, download the rest
 
-Bad input is a ValueError or FileNotFoundError of one line that names the file, the line and the mend.
+Bad input raises ValueError or FileNotFoundError with one line that names the file and the line.
 """
 import argparse
 import base64
 import functools
 import hashlib
-import http.client
-import itertools
 import json
 import os
 import random
 import re
 import shutil
 import sys
-import urllib.error
-import urllib.parse
 import urllib.request
 import zlib
 from dataclasses import dataclass
 from decimal import Decimal
-from itertools import groupby
+from http.client import HTTPException
 from pathlib import Path
 from reprlib import repr as short
 
@@ -39,18 +35,22 @@ class Example:
     question: str
     steps: tuple[str, ...]  # "<<48/2=24>>" each; () where the source gives none
     answer: str             # a plain decimal number: "72", "-3.5"
-    id: str                 # "gsm8k_test.jsonl:17", file name and 1-based line (or item), for messages and logs
+    id: str                 # "gsm8k_test.jsonl:17": file name and 1-based line (or item)
 
 
-MAX_NUMBER = 64  # characters; longer "numbers" are noise, and arithmetic on them is not free
-_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"  # thousands commas only where they belong
-_NUMBER = re.compile(rf"([-+]?)\$?([-+]?)({_DIGITS})%?\.?")
+MAX_NUMBER = 64  # characters; arithmetic on longer numbers is not free
+DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"  # commas only between thousands
+NUMBER = re.compile(rf"([-+]?)\$?([-+]?)({DIGITS})%?\.?")
+ANSWER = re.compile(rf"(?:\*\*)?(?:\\boxed\{{)?([-+]?)(?:[$€£] ?)?([-+]?)({DIGITS})%?[*}}.,;:!?)]*(?!\S)")
+STEP = re.compile(r"<<[^<>\n]*>>")
+BRACKET = re.compile(r"<<([^<>=]*)=([^<>=]*)>>")
+TERM = re.compile(rf"(?:^|//|[-+*/x×÷]) ?(?:[-+]? ?\( ?)*([-+]?) ?\$?({DIGITS})%?(?: ?\))* ?")
 
 
 def parse_number(text: str) -> Decimal | None:
     """The number that `text` is ("1,000", "$72", "72%", "-3.5", ".5", "72."), else None. No exponents."""
     text = text.strip()
-    match = _NUMBER.fullmatch(text) if len(text) <= MAX_NUMBER else None
+    match = NUMBER.fullmatch(text) if len(text) <= MAX_NUMBER else None
     if match is None or (match[1] and match[2]):
         return None
     return Decimal((match[1] or match[2]) + match[3].replace(",", ""))
@@ -71,10 +71,13 @@ def numbers_equal(a: Decimal, b: Decimal) -> bool:
 
 
 def extract_answer(text: str) -> str | None:
-    """The number after the last "###" (or "####") in plain form, so that equal answers vote together; else None."""
+    """The number right after the last "###" (or GSM8K's "####"), in plain form so that equal answers vote together.
+
+    "### $ 72, in total", "### **72**" and "### \\boxed{72}" are "72"; "### 18 ### 5" is "5"; else None.
+    """
     _, marker, rest = text.rpartition("###")
-    words = rest.split(maxsplit=1)
-    number = parse_number(words[0]) if marker and words else None
+    match = ANSWER.match(rest.lstrip()[:2 * MAX_NUMBER].replace("−", "-")) if marker else None
+    number = parse_number(match[1] + match[2] + match[3]) if match else None
     return None if number is None else format_number(number)
 
 
@@ -90,325 +93,262 @@ def well_formed(text: str) -> bool:
     return text.startswith("### ") and not text[4:5].isspace() and parse_number(text[4:]) is not None
 
 
-_BRACKET = re.compile(r"\s*<<([^<>=]*)=([^<>=]*)>>")
-_TERM = re.compile(rf" *(?:({_DIGITS})%?|([-+*/x×÷()]))")
-
-
 def parse_step(text: str) -> tuple[list[Decimal], Decimal] | None:
-    """"<<48/2=24>>" -> ([48, 2], 24); None unless all of `text` is such brackets.
+    """"<<48/2=24>>" -> ([48, 2], 24); None unless all of `text` is such brackets. Nothing is evaluated.
 
-    Of several brackets the operands are joined and the result is the last one's. Nothing is evaluated.
+    Several brackets give the operands of all and the result of the last.
     """
-    operands, result, end, text = [], None, 0, text.rstrip()
-    while end < len(text):
-        match = _BRACKET.match(text, end)
-        found = _operands(match[1]) if match else None
-        result = parse_number(match[2]) if match else None
-        if found is None or result is None:
+    text, operands, result = " ".join(text.replace("−", "-").split()), [], None
+    if BRACKET.sub("", text).strip():
+        return None
+    for expression, last in BRACKET.findall(text):
+        result, depth, end = parse_number(last), 0, 0
+        while depth >= 0 and (term := TERM.match(expression, end)):
+            depth += term[0].count("(") - term[0].count(")")
+            operands.append(parse_number(term[1] + term[2]))
+            end = term.end()
+        if depth or end < len(expression) or not end or result is None or None in operands:
             return None
-        operands += found
-        end = match.end()
     return None if result is None else (operands, result)
-
-
-def _operands(expression: str) -> list[Decimal] | None:
-    """The numbers of an arithmetic expression in order, or None if it is not one."""
-    numbers, depth, end, expression = [], 0, 0, expression.rstrip()
-    sign, want_number = "", True  # either a number, "(" or one sign comes next, or an operator or ")"
-    while end < len(expression):
-        match = _TERM.match(expression, end)
-        if match is None:
-            return None
-        number, symbol = match.groups()
-        if want_number and number:
-            value = parse_number(sign + number)
-            if value is None:
-                return None
-            numbers.append(value)
-            sign, want_number = "", False
-        elif want_number and symbol == "(":
-            depth, sign = depth + 1, ""
-        elif want_number and symbol in ("+", "-") and not sign:
-            sign = symbol
-        elif not want_number and symbol == ")" and depth:
-            depth -= 1
-        elif not want_number and symbol and symbol not in "()":
-            want_number = True
-        else:
-            return None
-        end = match.end()
-    return None if want_number or depth else numbers
 
 
 # --- readers ---
 
 DATASETS = {  # name -> split -> file; GSM8K has no validation split, the last HELD_OUT training items serve
     "gsm8k": {"train": "gsm8k_train.jsonl", "test": "gsm8k_test.jsonl"},
-    "gsm8k_aug": {"train": "gsm8k_aug_train.txt", "valid": "gsm8k_aug_valid.txt", "test": "gsm8k_aug_test.txt"},
+    "gsm8k_aug": {split: f"gsm8k_aug_{split}.txt" for split in ("train", "valid", "test")},
     "svamp": {"test": "svamp.json"},
     "gsm_hard": {"test": "gsm_hard.jsonl"},
     "multiarith": {"test": "multiarith.jsonl"},
 }
 HELD_OUT = 500
-MAX_LINE = 10_000_000  # bytes
+FORMS = [("question", "answer"), ("problem", "answer"), ("input", "target"),
+         ("Body", "Question", "Equation", "Answer")]
 
 
 def load(name: str, split: str, data_dir: str | Path = "data") -> list[Example]:
-    """The examples of one split ("train", "valid", "test") of a dataset, or of a file in any format of `read_file`.
+    """The examples of one split ("train", "valid", "test") of a dataset, or of a file that `read_file` reads.
 
-    Of a user's own file "test" is all; "valid" is the last 5 % (1 to 500 items) and "train" the rest.
+    Of a user's file "test" is all of it; "valid" is the last 5 % (1 to 500 items) and "train" the rest. Bad items
+    for training are left out with a note, since language models wrote the field's training files.
     """
     if name in BUILTIN:
         return builtin(name, split)
-    if name in DATASETS:
-        files = DATASETS[name]
-        splits = ["train", "valid", "test"] if "train" in files else list(files)
-        if split not in splits:
-            raise ValueError(f"{name} has no split '{split}'; it has {', '.join(splits)}")
-        path = Path(data_dir) / files.get(split, files.get("train"))
-        if not path.is_file():
-            where = "" if str(data_dir) == "data" else f" --data_dir {data_dir}"
-            raise FileNotFoundError(f"{path} is not here; run `python data.py {name}{where}`")
-        # a published file is not the user's to mend, and this one's answers were written by a language model
-        examples = read_file(path, skip_bad=path.name == "gsm8k_aug_train.txt")
-        held_out = 0 if split in files and "valid" in files else HELD_OUT
-    elif Path(name).is_file():
-        if split not in ("train", "valid", "test"):
-            raise ValueError(f"{name} has no split '{split}'; it has train, valid, test")
-        examples = read_file(name)
-        held_out = max(1, min(HELD_OUT, len(examples) // 20))
-    else:
+    files = DATASETS.get(name)
+    if files is None and not Path(name).is_file():
         raise ValueError(f"no dataset and no file '{name}'; datasets: {', '.join([*BUILTIN, *DATASETS])}")
-    if split == "test" or not held_out:
+    splits = ["train", "valid", "test"] if files is None or "train" in files else list(files)
+    if split not in splits:
+        raise ValueError(f"{name} has no split '{split}'; it has {', '.join(splits)}")
+    path = Path(data_dir) / files.get(split, files.get("train")) if files else Path(name)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not here; run `python data.py {name} --data_dir {data_dir}`")
+    examples = read_file(path, skip_bad=split != "test")
+    if split == "test" or files and "valid" in files:
         return examples
+    held_out = HELD_OUT if files else max(1, min(HELD_OUT, len(examples) // 20))
     if len(examples) <= held_out:
-        raise ValueError(f"{name} has {len(examples)} items; holding out {held_out} for 'valid' leaves none to train on")
+        raise ValueError(f"{name} has {len(examples)} items; holding {held_out} out for 'valid' leaves none")
     return examples[-held_out:] if split == "valid" else examples[:-held_out]
 
 
 def read_file(path: str | Path, skip_bad: bool = False) -> list[Example]:
-    """Read GSM8K or PAL (GSM-Hard, MultiArith) JSON lines, GSM8K-Aug text, or SVAMP JSON; the content tells which.
+    """The examples of a JSON array, JSON lines or text lines of the forms that `parse` knows.
 
-    Raises ValueError ("file:line: what is wrong") at the first bad item; with `skip_bad` items are left out
-    instead and one line on stderr says how many.
+    Raises ValueError ("file:line: what is wrong") at the first bad item; with `skip_bad` a note counts them.
     """
-    path = Path(path)
-    lines = _read_lines(path)
-    first = next((line.lstrip()[0] for line in lines if line.strip()), "")
-    if path.suffix != ".txt" and first == "[":
-        parse, items = _parse_svamp, enumerate(_read_array(path, lines), 1)
-        where = f"{path}: item "
-    else:
-        parse = _parse_json if path.suffix != ".txt" and first == "{" else _parse_aug
-        items = ((i, line) for i, line in enumerate(lines, 1) if line.strip())
-        where = f"{path}:"
-    examples, bad = [], []
-    for i, item in items:
+    path, examples, bad = Path(path), [], []
+    raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    items = _read_object(path, list) if raw.lstrip().startswith(b"[") else raw.split(b"\n")
+    for number, item in enumerate(items, 1):
+        if isinstance(item, bytes) and not item.strip():
+            continue
         try:
-            examples.append(Example(*parse(item), id=f"{path.name}:{i}"))
+            examples.append(Example(*parse(item), f"{path.name}:{number}"))
         except ValueError as error:
-            bad.append(f"{where}{i}: {error}")
+            bad.append(f"{path}:{number}: {error}")
             if not skip_bad:
                 raise ValueError(bad[0]) from None
     if not examples:
-        raise ValueError(f"{path}: no items" + (f" ({bad[0]})" if bad else "; the file is empty"))
+        raise ValueError(bad[0] if bad else f"{path} is empty")
     if bad:
-        print(f"note: {path}: left out {len(bad)} bad of {len(bad) + len(examples)} items, first {bad[0]}", file=sys.stderr)
+        print(f"note: left out {len(bad)} bad of {len(items)} items, first {bad[0]}", file=sys.stderr)
     return examples
 
 
-def _read_lines(path: Path) -> list[str]:
-    lines = []
-    with open(path, "rb") as file:
-        while line := file.readline(MAX_LINE + 1):
-            where = f"{path}:{len(lines) + 1}"
-            if len(line) > MAX_LINE:
-                raise ValueError(f"{where}: line of more than {MAX_LINE} bytes; is this a dataset?")
-            if b"\0" in line:
-                raise ValueError(f"{where}: NUL byte; the file must be UTF-8 text")
-            try:
-                lines.append(line.decode("utf-8-sig" if not lines else "utf-8").rstrip("\r\n"))
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
-            if "\r" in lines[-1]:
-                raise ValueError(f"{where}: a carriage return inside the line; lines must end in \\n or \\r\\n")
-    return lines
+def parse(item) -> tuple[str, tuple[str, ...], str]:
+    """A line, or an item of an array -> (question, steps, answer). ValueError if it has none of these forms:
 
-
-def _json(text: str):
-    """json.loads with exact decimals; whatever is wrong is a ValueError."""
-    try:
-        return json.loads(text, parse_float=Decimal)
-    except json.JSONDecodeError:
-        raise
-    except (ValueError, ArithmeticError, RecursionError) as error:
-        raise ValueError(f"broken JSON ({type(error).__name__})") from None
-
-
-def _read_array(path: Path, lines: list[str]) -> list:
-    try:
-        return _json("\n".join(lines))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: broken JSON ({error.msg}); download or export the file again") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _text(item: dict, key: str) -> str:
-    if key not in item:
-        raise ValueError(f"key '{key}' is missing")
-    if not isinstance(item[key], str):
-        raise ValueError(f"'{key}' must be text, not {type(item[key]).__name__}")
-    return _check_text(item[key], key)
-
-
-def _check_text(text: str, key: str) -> str:
-    if not text.strip():
-        raise ValueError(f"'{key}' is empty")
-    if any("\ud800" <= c <= "\udfff" for c in text):
-        raise ValueError(f"'{key}' holds a lone surrogate, which UTF-8 cannot write")
-    return text.strip()
+        question||<<48/2=24>> <<48+24=72>> #### 72                 GSM8K-Aug's lines of text
+        {"question", "answer": "... <<48/2=24>> ... #### 72"}      GSM8K
+        {"question", "steps": ["<<48/2=24>>", ...], "answer"}      Coconut, ATP-Latent
+        {"question", "cot": "<<48/2=24>> ...", "answer"}           GSM8K-Aug on model hubs
+        {"problem", "answer"}, {"input", "target"}                 the second: PAL's GSM-Hard and MultiArith
+        {"Body", "Question", "Equation", "Answer"}                 SVAMP
+    """
+    if isinstance(item, bytes):
+        line = item.decode().strip()
+        question, bars, rest = line.rpartition("||")
+        if line.startswith("{"):
+            item = _json(line)
+        elif bars and "####" in rest and "\r" not in line:
+            item = {"question": question, "answer": rest}
+    keys = next((form for form in FORMS if isinstance(item, dict) and item.keys() >= set(form)), None)
+    if keys is None:
+        forms = ", ".join(map("+".join, FORMS))
+        raise ValueError(f"neither 'question||<<..>> #### answer' nor an object with the keys {forms}")
+    for key in keys[:-1]:
+        if not isinstance(item[key], str) or not item[key].strip():
+            raise ValueError(f"'{key}' must be text, not {short(item[key])}")
+    question, answer = item[keys[0]].strip(), item[keys[-1]]
+    solution = item.get("steps") or item.get("cot") or ""
+    if isinstance(answer, str):
+        text, _, answer = answer.rpartition("####")
+        solution = solution or text
+    answer = _answer(answer)
+    if keys[0] == "Body":
+        question += ("" if question[-1] in ".?!" else ".") + " " + item["Question"].strip()  # as in PAL's copy
+        solution = "<<" + re.sub(r"\.0+(?![0-9])|\s+", "", item["Equation"]) + f"={answer}>>"
+        if parse_step(solution) is None:
+            raise ValueError(f"'Equation' is no arithmetic expression: {short(item['Equation'])}")
+    try:  # Coconut's files cut "<<5 * 3=15>>" at its blanks
+        steps = STEP.findall(" ".join(solution) if isinstance(solution, list) else solution)
+    except TypeError:
+        raise ValueError("'steps' must be a list of text, 'cot' text") from None
+    "".join([question, *steps]).encode()  # a lone surrogate is a ValueError
+    return question, tuple(steps), answer
 
 
 def _answer(value) -> str:
     """A reference answer (text, int or Decimal) in plain form."""
-    if isinstance(value, (int, Decimal)) and not isinstance(value, bool):
-        number = Decimal(value)
-        # the size first: "1e999999999" must not be written out
-        small = number.is_finite() and abs(number.adjusted()) < MAX_NUMBER
-        value = format_number(number) if small else str(value)
+    is_number = isinstance(value, (int, Decimal)) and not isinstance(value, bool)
+    if is_number and abs(Decimal(value).adjusted()) < MAX_NUMBER:  # "1e999999999" must not be written out
+        value = format_number(Decimal(value))
     number = parse_number(value) if isinstance(value, str) else None
     if number is None:
-        raise ValueError(f"the answer {str(value).strip()[:40]!r} is no number")
+        raise ValueError(f"the answer {short(value)} is no number")
     return format_number(number)
 
 
-_ANNOTATION = re.compile(r"<<[^<>\n]*>>")
-
-
-def _parse_json(line: str) -> tuple[str, tuple[str, ...], str]:
+def _json(text: str | bytes):
+    """json.loads with exact decimals. Whatever is wrong is a ValueError of one line."""
     try:
-        item = _json(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"broken JSON ({error.msg} at column {error.colno})") from None
-    if not isinstance(item, dict):
-        raise ValueError("must be a JSON object")
-    if "input" in item or "target" in item:  # PAL's files
-        if "target" not in item:
-            raise ValueError("key 'target' is missing")
-        return _text(item, "input"), (), _answer(item["target"])
-    solution, marker, answer = _text(item, "answer").rpartition("####")
-    if not marker:
-        raise ValueError("'answer' has no '#### <number>'")
-    return _text(item, "question"), tuple(_ANNOTATION.findall(solution)), _answer(answer)
+        return json.loads(text, parse_float=Decimal)
+    except (ValueError, ArithmeticError, RecursionError) as error:
+        raise ValueError(f"broken JSON ({error})") from None
 
 
-def _parse_aug(line: str) -> tuple[str, tuple[str, ...], str]:
-    question, bars, rest = line.rpartition("||")
-    solution, marker, answer = rest.rpartition("####")
-    if not bars or not marker:
-        raise ValueError("must read 'question||<<..>> <<..>> #### answer'")
-    return _check_text(question, "question"), tuple(_ANNOTATION.findall(solution)), _answer(answer)
-
-
-def _parse_svamp(item) -> tuple[str, tuple[str, ...], str]:
-    if not isinstance(item, dict):
-        raise ValueError("must be a JSON object")
-    body = _text(item, "Body")
-    body += "" if body[-1] in ".?!" else "."  # as in PAL's published form of SVAMP
-    if "Answer" not in item:
-        raise ValueError("key 'Answer' is missing")
-    answer = _answer(item["Answer"])
-    equation = re.sub(r"\.0+(?![0-9])|\s+", "", _text(item, "Equation"))  # "( 76.0 - 25.0 )"
-    for expression in (equation[1:-1], equation):  # without the outer parentheses, where they are a pair
-        step = f"<<{expression}={answer}>>"
-        if (expression is equation or equation[0] == "(") and parse_step(step):
-            return f"{body} {_text(item, 'Question')}", (step,), answer
-    raise ValueError(f"'Equation' is no arithmetic expression: {equation[:40]!r}")
+def _read_object(path: Path, kind: type = dict):
+    """The JSON object (or list) in a file; empty without the file."""
+    try:
+        value = _json(path.read_bytes().removeprefix(b"\xef\xbb\xbf")) if path.is_file() else kind()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(value, kind):
+        raise ValueError(f"{path}: must hold a JSON {kind.__name__}")
+    return value
 
 
 # --- tokenizer ---
 
-# How text is cut into pieces before byte pairs are merged. The third is the GPT-2 pattern on text that was first
-# cut at every digit: whitespace then keeps its last blank before a digit, as it does at the end of the text.
+# How text is cut into pieces before byte pairs are merged. The third is GPT-2's pattern for text that was first
+# cut at every digit: the last blank before a digit then stands alone, as it does at the end of a text.
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                   r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 GPT2_PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-DIGITS_PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-
-LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
-                  "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>",
-                  "<|eot_id|>", "<|python_tag|>", *(f"<|reserved_special_token_{i}|>" for i in range(2, 247))]
+DIGITS_PATTERN = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
+_RESERVED = [f"<|reserved_special_token_{i}|>" for i in range(247)]
+LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", *_RESERVED[:2], "<|finetune_right_pad_id|>",
+                  "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>",
+                  "<|python_tag|>", *_RESERVED[2:]]
+BOS_NAMES = ("<|begin_of_text|>",)
 EOS_NAMES = ("<|end_of_text|>", "<|im_end|>", "<|endoftext|>", "<eos>")
 MAX_TEXT = 250_000  # characters; a run of millions of blanks overflows the stack of tiktoken's regex engine
-
-# byte-level BPE files write each byte as one printable character (GPT-2's table)
+MAX_ID = 2**24
+# tokenizer.json writes each byte as one printable character, by GPT-2's table
 _printable = [b for b in range(256) if chr(b).isprintable() and b != 0x20]
-BYTE_TO_CHAR = {b: chr(b) for b in _printable}
-BYTE_TO_CHAR |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in BYTE_TO_CHAR)}
+_order = _printable + [b for b in range(256) if b not in _printable]
+BYTE_TO_CHAR = {b: chr(b if b in _printable else 256 + i - len(_printable)) for i, b in enumerate(_order)}
 CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
 
 
 class Tokenizer:
-    """A byte-level BPE tokenizer: tiktoken does the merging, the file's own ids come out.
+    """A byte-level BPE tokenizer: tiktoken merges, with the file's own ids as ranks.
 
-    special: {name: id} of all special tokens; vocab_size: highest id + 1; bos_id, eos_id: int or None. A byte that the
-    vocabulary lacks (a control character) is dropped, after merging; Hugging Face drops it before.
+    special: {name: id} of all special tokens; vocab_size: highest id + 1; bos_id, eos_id: int or None; end_ids:
+    eos_id and the special tokens in config.json's eos_token_id.
     """
 
-    def __init__(self, ranks: dict[bytes, int], ids: list[int], special: dict[str, int], pattern: str,
-                 source: tuple[str, bytes]):
-        """ranks: {token: merge rank 0..}; ids: id of each rank, -1 for a byte that the vocabulary lacks;
-        source: (relative name, bytes) of the file this was read from, which `save_pretrained` writes back."""
-        self._bpe = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-        self._ids = None if ids == list(range(len(ids))) else ids
-        self._bytes = {i: token for token, i in zip(ranks, ids)} | {i: name.encode() for name, i in special.items()}
-        self._source, self._added, self.special = source, {}, dict(special)
-        self._finish()
+    def __init__(self, tokens: dict[bytes, int], special: dict[str, int], pattern: str, source: tuple[str, bytes]):
+        """tokens: {bytes: id}, lower ids merge first; source: (relative name, content) of the file read."""
+        # tiktoken needs every byte; those that the vocabulary lacks get ids that encode_ordinary drops
+        lacking = {bytes([b]): MAX_ID + b for b in range(256) if bytes([b]) not in tokens}
+        self._bpe = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=tokens | lacking, special_tokens={})
+        self._bytes = {id: token for token, id in tokens.items()}
+        self._source, self._added, self._config_ends = source, {}, []
+        self.special, self.bos_id, self.eos_id = {}, None, None
+        self._register(special)
 
-    def _finish(self):
+    def _register(self, special: dict[str, int]):
+        self.special |= special
+        self._bytes |= {id: name.encode() for name, id in special.items()}
         self.vocab_size = max(self._bytes) + 1
-        self.bos_id = self.special.get("<|begin_of_text|>")
-        self.eos_id = next((self.special[name] for name in EOS_NAMES if name in self.special), None)
         longest_first = sorted(self.special, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        first = lambda names: next((self.special[name] for name in names if name in self.special), None)
+        self.bos_id = first(BOS_NAMES) if self.bos_id is None else self.bos_id
+        self.eos_id = first(EOS_NAMES) if self.eos_id is None else self.eos_id
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "Tokenizer":
         """Read original/tokenizer.model, tokenizer.model (Llama 3's format) or tokenizer.json, the first there is,
-        then added_tokens.json and config.json's eos_token_id where they exist."""
+        then added_tokens.json.
+
+        eos is tokenizer_config.json's eos_token, else the first of config.json's eos_token_id, else one of
+        EOS_NAMES; bos is tokenizer_config.json's bos_token, else <|begin_of_text|>.
+        """
         directory = Path(directory)
-        for name, read in (("original/tokenizer.model", _read_tokenizer_model),
-                           ("tokenizer.model", _read_tokenizer_model), ("tokenizer.json", _read_tokenizer_json)):
-            path = directory / name
-            if path.is_file():
+        for name in ("original/tokenizer.model", "tokenizer.model", "tokenizer.json"):
+            if (directory / name).is_file():
                 break
         else:
             raise FileNotFoundError(f"{directory} has no tokenizer.json and no [original/]tokenizer.model; "
                                     "give the folder of a downloaded model")
-        raw = path.read_bytes()
-        ranks, ids, special, pattern = read(raw, path)
+        read = _read_tokenizer_json if name.endswith(".json") else _read_tokenizer_model
+        raw = (directory / name).read_bytes()
         try:
-            self = cls(ranks, ids, special, pattern, (name, raw))
-        except ValueError as error:
-            raise ValueError(f"{path}: the pattern of the pre_tokenizer is refused: {' '.join(str(error).split())}") from None
+            self = cls(*read(raw), (name, raw))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            reason = str(error) if isinstance(error, ValueError) else repr(error)
+            raise ValueError(f"{directory / name}: not a tokenizer like Llama 3's or SmolLM2's: "
+                             + " ".join(reason.split())) from None
         for name, id in _read_object(directory / "added_tokens.json").items():
-            if self.special.get(name) == id:
-                continue
-            try:
-                if type(id) is not int or name in self.special or id in self._bytes or not 0 <= id < 2**24:
-                    raise ValueError
-                self._add(name, id)
-            except ValueError:  # an empty name, or one that is no Unicode
-                raise ValueError(f"{directory / 'added_tokens.json'}: {short(name)}: id {short(id)} does not fit the "
-                                 "tokenizer beside it") from None
-        eos = _read_object(directory / "config.json").get("eos_token_id")
-        eos = eos[0] if isinstance(eos, list) and eos else eos
-        if isinstance(eos, int):
-            if eos not in self._bytes:
-                raise ValueError(f"{directory / 'config.json'}: eos_token_id {eos} is no token of {path.name}")
-            self.eos_id = eos
+            known = self.special.get(name) == id
+            if not known and (name in self.special or not _fits({name: id}) or id in self._bytes):
+                raise ValueError(f"{directory / 'added_tokens.json'}: {short(name)}: id {short(id)} does not fit "
+                                 "the tokenizer beside it")
+            if not known:
+                self._added[name] = id
+                self._register({name: id})
+        self._read_ends(directory / "tokenizer_config.json", directory / "config.json")
         return self
+
+    def _read_ends(self, path: Path, config: Path):
+        ends = _read_object(config).get("eos_token_id")
+        ends = [id for id in (ends if isinstance(ends, list) else [ends]) if type(id) is int]
+        self._config_ends = [id for id in ends if id in self.special.values()]
+        stated = _read_object(path)
+        names = {key: stated.get(key) for key in ("bos_token", "eos_token")}
+        for key, name in names.items():
+            name = name.get("content") if isinstance(name, dict) else name
+            if name is not None and not (isinstance(name, str) and name in self.special):
+                raise ValueError(f"{path}: {key} {short(name)} is no special token of {self._source[0]}")
+            if name is not None:
+                setattr(self, key.replace("token", "id"), self.special[name])
+        if names["eos_token"] is None and ends:
+            if ends[0] not in self._config_ends:
+                raise ValueError(f"{config}: eos_token_id {ends[0]} is no special token of {self._source[0]}")
+            self.eos_id = ends[0]
 
     @classmethod
     def from_words(cls, words: list[str], pattern: str, special: list[str]) -> "Tokenizer":
@@ -416,58 +356,57 @@ class Tokenizer:
 
         pattern: regex that cuts text into pieces; each word must be one piece. Other text falls back to bytes.
         """
-        vocab = list(BYTE_TO_CHAR[b] for b in range(256))
-        vocab += ("".join(BYTE_TO_CHAR[b] for b in word.encode()) for word in words)
+        vocab = [BYTE_TO_CHAR[b] for b in range(256)]
+        vocab += ["".join(BYTE_TO_CHAR[b] for b in word.encode()) for word in words]
         if len({*vocab, *special}) != len(vocab) + len(special):
             raise ValueError("words and special tokens must be unique, and words longer than one byte")
-        # Only whole pieces should become words. tiktoken, though, also merges two neighbours whenever they spell a
-        # word, so each such pair is written as a merge: then every reader of the file agrees on odd text, too.
+        # tiktoken merges any two neighbours that spell a word: with each such pair as a merge, all readers agree
         known = set(vocab)
         merges = [[w[:i], w[i:]] for w in vocab for i in range(1, len(w)) if w[:i] in known and w[i:] in known]
         flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
         byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
         split = dict(type="Split", pattern={"Regex": pattern}, behavior="Isolated", invert=False)
         raw = json.dumps({
-            "version": "1.0", "truncation": None, "padding": None,
+            "version": "1.0",
             "added_tokens": [dict(id=len(vocab) + i, content=name, **flags) for i, name in enumerate(special)],
-            "normalizer": None, "pre_tokenizer": dict(type="Sequence", pretokenizers=[split, byte_level]),
-            "post_processor": None, "decoder": byte_level,
-            "model": dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None,
-                          end_of_word_suffix=None, fuse_unk=False, byte_fallback=False, ignore_merges=True,
-                          vocab={token: i for i, token in enumerate(vocab)}, merges=merges),
+            "pre_tokenizer": dict(type="Sequence", pretokenizers=[split, byte_level]), "decoder": byte_level,
+            "model": dict(type="BPE", ignore_merges=True, vocab={t: i for i, t in enumerate(vocab)}, merges=merges),
         }, ensure_ascii=False, indent=1).encode()
-        return cls(*_read_tokenizer_json(raw, Path("tokenizer.json")), ("tokenizer.json", raw))
+        return cls(*_read_tokenizer_json(raw), ("tokenizer.json", raw))
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write the source file byte for byte, and added_tokens.json with what `add_special` added."""
-        name, raw = self._source
-        for name, raw in ((name, raw), ("added_tokens.json", json.dumps(self._added, indent=1).encode() + b"\n")):
-            path = Path(directory) / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(path.name + ".part")
-            part.write_bytes(raw)
-            os.replace(part, path)  # a reader sees the old file or the new one, never half of one
+        """Write the file that was read byte for byte, added_tokens.json and tokenizer_config.json."""
+        names = {id: name for name, id in self.special.items()}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": names.get(self.bos_id),
+                  "eos_token": names.get(self.eos_id)}
+        path = Path(directory) / self._source[0]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(self._source[1])
+        for file, value in (("added_tokens.json", self._added), ("tokenizer_config.json", config)):
+            (Path(directory) / file).write_text(json.dumps(value, indent=1) + "\n")
 
     def encode_ordinary(self, text: str) -> list[int]:
-        """Text -> ids, never a special token's: right for data, which must not be able to inject one."""
+        """Text -> ids, never a special token's, for data must not be able to inject one. A byte that the
+        vocabulary lacks is dropped."""
         if len(text) > MAX_TEXT:
             raise ValueError(f"a text of {len(text)} characters is too long to tokenize (at most {MAX_TEXT})")
         try:
-            ranks = self._bpe.encode_ordinary(text)
-        except BaseException as error:  # a regex that fails on this text is a panic of Rust's, no Exception
+            return [id for id in self._bpe.encode_ordinary(text) if id < MAX_ID]
+        except BaseException as error:  # a pattern that fails on a text is a panic of Rust's, no Exception
             if type(error).__name__ != "PanicException":
                 raise
             raise ValueError(f"the tokenizer's pattern fails on {short(text)}") from None
-        return ranks if self._ids is None else [self._ids[r] for r in ranks if self._ids[r] >= 0]
 
     def encode(self, text: str) -> list[int]:
         """Text -> ids, where the name of a special token in the text is that token."""
-        parts = self._split.split(text) if self.special else [text]
-        return [i for part in parts for i in ([self.special[part]] if part in self.special else self.encode_ordinary(part))]
+        ids = []
+        for part in self._split.split(text) if self.special else [text]:
+            ids += [self.special[part]] if part in self.special else self.encode_ordinary(part)
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         """Ids -> text; U+FFFD stands for broken UTF-8 and for ids that no token has."""
-        return b"".join(self._bytes.get(int(i), b"\xef\xbf\xbd") for i in ids).decode(errors="replace")
+        return b"".join(self._bytes.get(int(id), b"\xef\xbf\xbd") for id in ids).decode(errors="replace")
 
     def token_id(self, name: str) -> int:
         """The id of a special token. Raises ValueError if there is none of that name."""
@@ -478,166 +417,124 @@ class Tokenizer:
     def end_id(self) -> int:
         """eos_id. Raises ValueError where there is none."""
         if self.eos_id is None:
-            raise ValueError(f"the tokenizer has no end token (one of {', '.join(EOS_NAMES)}, or eos_token_id in config.json)")
+            raise ValueError("the tokenizer has no end token; tokenizer_config.json's eos_token may name one")
         return self.eos_id
+
+    @property
+    def end_ids(self) -> list[int]:
+        return sorted({*self._config_ends, self.eos_id} - {None})
 
     def add_special(self, *names: str) -> list[int]:
         """The ids of these special tokens; unknown ones are appended at the end of the id space."""
         for name in names:
             if name not in self.special:
-                self._add(name, self.vocab_size)
+                self._added[name] = self.vocab_size
+                self._register({name: self.vocab_size})
         return [self.special[name] for name in names]
 
-    def _add(self, name: str, id: int):
-        if not name:
-            raise ValueError("a special token needs a name")
-        eos = self.eos_id
-        self.special[name] = self._added[name] = id
-        self._bytes[id] = name.encode()
-        self._finish()
-        self.eos_id = self.eos_id if eos is None else eos  # adding a token never moves eos
+
+def _fits(special: dict) -> bool:
+    """Whether these are names with ids of special tokens."""
+    return all(name and name.isprintable() and type(id) is int and 0 <= id < MAX_ID for name, id in special.items())
 
 
 def _read_object(path: Path) -> dict:
     """The JSON object in a file, {} without the file."""
     try:
-        value = json.loads(path.read_bytes()) if path.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: broken JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: must hold a JSON object")
+        value = _json(path.read_bytes()) if path.is_file() else {}
+        if not isinstance(value, dict):
+            raise ValueError("must hold a JSON object")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return value
 
 
-def _read_tokenizer_model(raw: bytes, path: Path):
-    """Llama 3's format, "base64 rank" lines -> (ranks, ids, special, pattern)."""
-    ranks: dict[bytes, int] = {}
-    for number, line in enumerate(raw.splitlines(), 1):
-        try:
-            token, rank = line.split()
-            token, rank = base64.b64decode(token, validate=True), int(rank)
-        except ValueError:
-            raise ValueError(f"{path}:{number}: not 'base64 rank', so no Llama-3 tokenizer.model; download it again") from None
-        if rank != len(ranks) or token in ranks:
-            raise ValueError(f"{path}:{number}: rank {rank} or its token is doubled or out of order; download the file again")
-        ranks[token] = rank
-    if any(bytes([b]) not in ranks for b in range(256)):
-        raise ValueError(f"{path}: not every single byte is a token, so no Llama-3 tokenizer.model; download it again")
-    special = {name: len(ranks) + i for i, name in enumerate(LLAMA3_SPECIAL)}
-    return ranks, list(range(len(ranks))), special, LLAMA3_PATTERN
+def _read_tokenizer_model(raw: bytes):
+    """Llama 3's format, "base64 rank" lines -> (tokens, special, pattern)."""
+    tokens = {}
+    for number, line in enumerate(raw.splitlines()):
+        token, rank = line.split()
+        tokens[base64.b64decode(token, validate=True)] = number
+        if int(rank) != number or len(tokens) != number + 1:
+            raise ValueError(f"line {number + 1} is doubled or out of order; download the file again")
+    if any(bytes([b]) not in tokens for b in range(256)):
+        raise ValueError("not every single byte is a token; download the file again")
+    return tokens, {name: len(tokens) + i for i, name in enumerate(LLAMA3_SPECIAL)}, LLAMA3_PATTERN
 
 
-def _read_tokenizer_json(raw: bytes, path: Path):
-    """Hugging Face's tokenizer.json -> (ranks, ids, special, pattern). Refuses by name what it cannot do exactly."""
-    def check(ok, problem):
-        if not ok:
-            raise ValueError(f"{path}: {problem}; a byte-level BPE like Llama 3's or SmolLM2's is needed")
-
-    try:
-        file = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: broken JSON ({error}); download the file again") from None
-    try:
-        model, added, pre = file["model"], file.get("added_tokens") or [], file.get("pre_tokenizer") or {}
-        vocab, merges, ignore_merges = model.get("vocab"), model.get("merges"), bool(model.get("ignore_merges"))
-        check(model.get("type", "BPE") == "BPE", f"model.type is {short(model.get('type'))}")
-        check(isinstance(vocab, dict) and isinstance(merges, list), "model.vocab or model.merges is missing")
-        check(not file.get("normalizer"), f"normalizer is {short((file.get('normalizer') or {}).get('type'))}")
-        for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-            check(not model.get(key), f"model.{key} is {short(model.get(key))}")
-        for token in added:
-            for key in ("lstrip", "rstrip", "single_word"):
-                check(not token.get(key), f"added token {short(token['content'])} has {key}")
-        special = {token["content"]: token["id"] for token in added}
-        pattern = _pattern(pre.get("pretokenizers", [pre]), check)
-        merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
-        check(all(len(merge) == 2 for merge in merges), "a merge is not of two tokens")
-        in_bytes = lambda text: bytes(CHAR_TO_BYTE[c] for c in text)
-        tokens = {in_bytes(name): i for name, i in vocab.items() if name not in special}
-        merges = [(in_bytes(a), in_bytes(b)) for a, b in merges]
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path}: not a byte-level tokenizer.json ({type(error).__name__}: {error})") from None
-    all_ids = [*tokens.values(), *special.values()]
-    check(all(type(i) is int and 0 <= i < 2**24 for i in all_ids) and len(set(all_ids)) == len(all_ids),
-          "ids are no integers below 2**24, or doubled")
-    check(all(vocab.get(name, i) == i for name, i in special.items()), "added_tokens and model.vocab disagree on an id")
-    check(all(isinstance(name, str) for name in special), "an added token is no text")
-    check("" not in special and b"" not in tokens, "a token is empty")
-    for a, b in merges:
-        check(a in tokens and b in tokens and a + b in tokens, f"merge {short(a)} {short(b)} is of or makes no token")
-    ranks = _ranks(tokens, merges, ignore_merges, check)
-    return ranks, [tokens.get(token, -1) for token in ranks], special, pattern
+def _read_tokenizer_json(raw: bytes):
+    """Hugging Face's tokenizer.json -> (tokens, special, pattern). Refuses by name what tiktoken cannot do."""
+    file = _json(raw)
+    model, added, pre = file["model"], file.get("added_tokens") or [], file["pre_tokenizer"]
+    in_bytes = lambda text: bytes(CHAR_TO_BYTE[c] for c in text)
+    special = {token["content"]: token["id"] for token in added}
+    tokens = {in_bytes(name): id for name, id in model["vocab"].items() if name not in special}
+    merges = [tuple(map(in_bytes, m.split(" ") if isinstance(m, str) else m)) for m in model["merges"]]
+    settings = [("normalizer", file)] + [(key, token) for token in added for key in ("lstrip", "rstrip", "single_word")]
+    settings += [(key, model) for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix",
+                                          "byte_fallback")]
+    problems = [f"{key} is {short(where[key])}" for key, where in settings if where.get(key)]
+    if model.get("type", "BPE") != "BPE":
+        problems.append(f"the model's type is {short(model['type'])}")
+    ids = [*tokens.values(), *special.values()]
+    if not all(type(id) is int and 0 <= id < MAX_ID for id in ids) or len(set(ids)) != len(ids):
+        problems.append("ids are no integers below 2**24, or doubled")
+    if any(model["vocab"].get(name, id) != id for name, id in special.items()):
+        problems.append("added_tokens and vocab disagree on an id")
+    if not _fits(special) or b"" in tokens:
+        problems.append("a token is empty")
+    if problems:
+        raise ValueError(problems[0])
+    _check_merges(tokens, merges, model.get("ignore_merges"))
+    return tokens, special, _pattern(pre.get("pretokenizers", [pre]))
 
 
-def _pattern(pre: list[dict], check) -> str:
-    """The one regex that cuts text as the listed pre-tokenizers do one after another."""
-    kinds, last = [p.get("type") for p in pre], pre[-1]
-    check(kinds[-1] == "ByteLevel", f"pre_tokenizer is {' + '.join(map(short, kinds))}")
-    check(last.get("add_prefix_space") is False, "pre_tokenizer ByteLevel has add_prefix_space")
-    if last.get("use_regex", True):
-        if kinds == ["ByteLevel"]:
-            return GPT2_PATTERN
-        if kinds == ["Digits", "ByteLevel"] and pre[0].get("individual_digits"):
-            return DIGITS_PATTERN
-    elif kinds == ["Split", "ByteLevel"] and pre[0].get("behavior") == "Isolated" and not pre[0].get("invert"):
-        check("Regex" in pre[0]["pattern"], "pre_tokenizer Split has no Regex")
-        return pre[0]["pattern"]["Regex"] + r"|(?s:.)"  # tiktoken would drop what the pattern does not match
-    check(False, f"pre_tokenizer is {' + '.join(map(short, kinds))} with options {json.dumps(pre)[:200]}")
+def _pattern(pre: list[dict]) -> str:
+    """The one regex that cuts text as these pre-tokenizers do one after another."""
+    kinds, first, last = [p["type"] for p in pre], pre[0], pre[-1]
+    by_regex = kinds[-1] == "ByteLevel" and last["add_prefix_space"] is False and last.get("use_regex", True)
+    if by_regex and len(pre) == 1:
+        return GPT2_PATTERN
+    if by_regex and kinds == ["Digits", "ByteLevel"] and first["individual_digits"]:
+        return DIGITS_PATTERN
+    if kinds == ["Split", "ByteLevel"] and first["behavior"] == "Isolated" and not first.get("invert"):
+        if last["add_prefix_space"] is False and not by_regex:
+            return first["pattern"]["Regex"] + r"|(?s:.)"  # tiktoken would drop what the pattern does not match
+    raise ValueError(f"pre_tokenizer is {json.dumps(pre)[:200]}")
 
 
-def _merge(word: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """Plain BPE: merge the lowest-ranked neighbours, leftmost first, until none is left."""
-    parts = [word[i:i + 1] for i in range(len(word))]
-    while len(parts) > 1:
-        rank, i = min((ranks.get(a + b, len(ranks)), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
-        if rank == len(ranks):
-            break
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
-    return parts
+def _check_merges(tokens: dict[bytes, int], merges: list[tuple[bytes, bytes]], ignore_merges: bool):
+    """Refuse a table by which tiktoken would not merge as Hugging Face does.
 
-
-def _ranks(tokens: dict[bytes, int], merges: list[tuple[bytes, bytes]], ignore_merges: bool, check) -> dict[bytes, int]:
-    """Ranks with which tiktoken, which merges any two neighbours that spell a token, does just what `merges` say.
-
-    The two differ where a token can also be spelled by a pair that is not in `merges`, and where a whole piece is a
-    token that its own merges do not reach. Neighbours in a BPE encoding stay as they are when encoded alone, so it is
-    enough to look at each token alone: with the merges before it, it must come down to exactly the pair of its merge.
-    A token that does not is never made by merging, and (unless ignore_merges looks it up whole) has no rank.
+    Hugging Face merges the pairs in the list, in its order; tiktoken any neighbours that spell a token, lowest id
+    first. A segment of a text merges as it does alone. So both agree on every text if ids ascend along the list
+    and each token, merged alone, comes to a pair of the list.
     """
-    ranks = {bytes([b]): b for b in range(256)}  # all of them: tiktoken needs every byte, Hugging Face drops the rest
-    results, pairs = [a + b for a, b in merges], set(merges)
-    in_id_order = sorted(tokens, key=tokens.get)
-    grouped = len(list(groupby(results))) == len(set(results))  # all merges that make one token stand together
-    if ignore_merges and grouped and all((t[:i], t[i:]) in pairs for t in tokens for i in range(1, len(t))
-                                         if t[:i] in tokens and t[i:] in tokens):
-        # Llama 3's file, made from tiktoken's: every spelling of a token is a merge, so the order is all there is
-        for token in (*results, *in_id_order):
-            ranks.setdefault(token, len(ranks))
-        return ranks
-    early = []
-    for a, b in merges:
-        if a not in ranks or b not in ranks:
-            early.append((a, b))  # without effect if a part is never made, out of order if it is made later
-        elif a + b not in ranks and _merge(a + b, ranks) == [a, b]:
-            ranks[a + b] = len(ranks)
-    for a, b in early:
-        check(a not in ranks or b not in ranks, f"merge {a!r} {b!r} comes before the merges that make its parts")
-    for token in in_id_order if ignore_merges else ():
-        if token not in ranks:
-            check(len(_merge(token, ranks)) != 2, f"token {token!r} is made by no merge, yet two tokens spell it")
-            ranks[token] = len(ranks)
-    return ranks
+    ids = [tokens[a + b] for a, b in merges]
+    if ids != sorted(ids):
+        raise ValueError("ids do not ascend in the order of the merges")
+    pairs = set(merges)
+    for token in tokens:
+        if len(token) > 256:
+            raise ValueError(f"a token has {len(token)} bytes")  # merging it alone takes quadratic time
+        parts = [token[i:i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            id, i = min((tokens.get(a + b, MAX_ID), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
+            if id == MAX_ID:
+                break
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        # a token that no merges reach is found by both readers if ignore_merges looks whole pieces up
+        if len(parts) > 1 and tuple(parts) not in pairs and not (len(parts) > 2 and ignore_merges):
+            raise ValueError(f"the merges do not make the token {short(token)}")
 
 
 # --- built-in task ---
 #
-# Arithmetic word problems about who has how many of something. Each question is a random expression
-# tree whose inner nodes are the steps; a node may be computed as soon as its children are, so many
-# questions have several equally right step orders, and the label shows one of them at random: the
-# setting in which imitating one written chain of thought is a poor teacher (paper, section 1).
-#
-# Every question belongs to one split by the hash of its expression tree (without names, wording, distractors
-# and statement order), so no test question is a training question in another disguise.
+# Arithmetic word problems about who has how many of something. Each question is a random expression tree whose
+# inner nodes are the steps. A node may be computed as soon as its children are, so many questions have several
+# right step orders and the label shows one of them at random: imitating one written chain of thought is then a
+# poor teacher (paper, section 1). A hash of the tree alone (no names, wording or order) decides the split, so no
+# test question is a training question in disguise.
 
 BUILTIN = {  # test sets mirror the paper's GSM8K, GSM-Hard, SVAMP and MultiArith
     "builtin": dict(train=40_000, valid=1_000),
@@ -645,30 +542,28 @@ BUILTIN = {  # test sets mirror the paper's GSM8K, GSM-Hard, SVAMP and MultiArit
     "hard": dict(test=1_000),
     "reworded": dict(test=1_000),
     "easy": dict(test=1_000),
-    # apart from them, a task of its own: in_dist where only one order of steps is right, in common words
-    "chain": dict(train=40_000, valid=1_000, test=1_000),
+    "chain": dict(train=40_000, valid=1_000, test=1_000),  # a task of its own: in_dist with one order of steps
 }
 TEST_SETS = ("in_dist", "hard", "reworded", "easy")
-
 NAMES = "Ada Ben Cleo Dan Eve Finn Gina Hugo".split()
 ITEMS = "coins cards books pens".split()
-THEN = 0.9  # share of changes to one count that are said of its owner ("Then Ada loses 3."), not of another's count
+THEN = 0.9  # share of changes to one count that are told of its owner ("Then Ada loses 3.")
 LARGEST = 40  # every number of a question, a step and an answer is from 1 to LARGEST, one token each
 
-COMMON = {  # by operation: on two given numbers, on a count and a number (another's count, then one's own), on two counts
-    "n+n": "{x} has {m} {item} and {n} more.", "n-n": "{x} has {m} {item} and loses {n}.",
-    "n*n": "{x} has {m} bags of {n} {item}.",
-    "+n": "{x} has {n} more than {y}.", "-n": "{x} has {n} fewer than {y}.", "*n": "{x} has {n} times as many as {y}.",
-    "then+n": "Then {x} gets {n} more.", "then-n": "Then {x} loses {n}.", "then*n": "Then {x} makes it {n} times as many.",
-    "+": "{x} has as many as {y} and {z}.", "-": "{x} has as many as {y} without {z}.",
-    "ask": "How many {item} does {x} have?",
-}
-RARE = {  # one question in ten in training, every question of "reworded"
-    "n+n": "{x} owns {m} {item} plus {n}.", "n-n": "{x} owns {m} {item} minus {n}.", "n*n": "{x} owns {m} boxes of {n} {item}.",
-    "+n": "{x} owns {n} beyond {y}.", "-n": "{x} owns {n} under {y}.", "*n": "{x} owns {n} times what {y} owns.",
-    "then+n": "Later {x} finds {n}.", "then-n": "Later {x} drops {n}.", "then*n": "Later {x} owns {n} times that.",
-    "+": "{x} owns what {y} and {z} own.", "-": "{x} owns what {y} owns less {z}.",
-    "ask": "What number of {item} is with {x}?",
+# operation: common and rare wording. "n" is a given number: on the left "n+n" has two, "+n" a count and a number
+WORDING = {
+    "n+n": ("{x} has {m} {item} and {n} more.", "{x} owns {m} {item} plus {n}."),
+    "n-n": ("{x} has {m} {item} and loses {n}.", "{x} owns {m} {item} minus {n}."),
+    "n*n": ("{x} has {m} bags of {n} {item}.", "{x} owns {m} boxes of {n} {item}."),
+    "+n": ("{x} has {n} more than {y}.", "{x} owns {n} beyond {y}."),
+    "-n": ("{x} has {n} fewer than {y}.", "{x} owns {n} under {y}."),
+    "*n": ("{x} has {n} times as many as {y}.", "{x} owns {n} times what {y} owns."),
+    "then+n": ("Then {x} gets {n} more.", "Later {x} finds {n}."),
+    "then-n": ("Then {x} loses {n}.", "Later {x} drops {n}."),
+    "then*n": ("Then {x} makes it {n} times as many.", "Later {x} owns {n} times that."),
+    "+": ("{x} has as many as {y} and {z}.", "{x} owns what {y} and {z} own."),
+    "-": ("{x} has as many as {y} without {z}.", "{x} owns what {y} owns less {z}."),
+    "ask": ("How many {item} does {x} have?", "What number of {item} is with {x}?"),
 }
 
 
@@ -677,15 +572,12 @@ class _Node:
 
     def __init__(self, op, value, numbers=(), children=()):
         self.op, self.value, self.numbers, self.children = op, value, numbers, children
+        self.sign = op.strip("n")
 
     def key(self):
         """The expression without names, wording and order."""
         operands = [*(c.key() for c in self.children), *map(str, self.numbers)]
         return f"({self.sign} {' '.join(sorted(operands) if self.sign == '+' else operands)})"
-
-    @property
-    def sign(self):
-        return self.op.strip("n")
 
     def step(self):
         a, b = [c.value for c in self.children] + list(self.numbers)
@@ -693,20 +585,20 @@ class _Node:
 
 
 def _tree(rng, steps, wide, branch):
-    """A random expression of `steps` operations, or None where a value leaves 1..20 (wide: 1..LARGEST). `branch`:
-    probability of two computed operands."""
-    large = (8, 25) if wide else (2, 12)
-    small = (5, 20) if wide else (1, 9)
-    if steps > 2 and rng.random() < branch:  # the steps of the two operands may come in any order
+    """A random expression of `steps` operations, or None where a value leaves 1..20 (wide: 1..LARGEST).
+
+    branch: probability that both operands are computed, so that their steps may come in any order.
+    """
+    if steps > 2 and rng.random() < branch:
         left = rng.randint(1, steps - 2)
         children = [_tree(rng, left, wide, branch), _tree(rng, steps - 1 - left, wide, branch)]
         numbers, op = (), rng.choice("++-")
     else:
         children = [_tree(rng, steps - 1, wide, branch)] if steps > 1 else []
         op = rng.choice("+-*")
-        numbers = (rng.randint(2, 3) if op == "*" else rng.randint(*small),)
+        numbers = (rng.randint(2, 3) if op == "*" else rng.randint(*((5, 20) if wide else (1, 9))),)
         if not children:
-            numbers = (rng.randint(*large), *numbers)
+            numbers = (rng.randint(*((8, 25) if wide else (2, 12))), *numbers)
         op = op + "n" if children else f"n{op}n"
     if None in children:
         return None
@@ -721,15 +613,17 @@ def _random_order(rng, nodes):
     """`nodes` in a random order in which each comes after its children."""
     waiting, order = list(nodes), []
     while waiting:
-        ready = [n for n in waiting if not any(c in waiting for c in n.children)]
-        order.append(rng.choice(ready))
+        order.append(rng.choice([n for n in waiting if not any(c in waiting for c in n.children)]))
         waiting.remove(order[-1])
     return order
 
 
 def _problem(rng, id, bucket, lengths, wide, branch, rare, distractors):
-    """One question of `bucket` (0 test, 1 validation, 2 training). `wide`, `branch`, `rare`: probability of large numbers,
-    of a step on two results and of the rare wording; `distractors`: how many statements the answer does not need."""
+    """One question whose tree hashes to `bucket` (0 test, 1 validation, 2 training).
+
+    wide, branch, rare: probability of large numbers, of a step on two results and of the rare wording;
+    distractors: how many statements the answer does not need.
+    """
     root, length = None, rng.choice(lengths)
     while root is None or min(zlib.crc32(root.key().encode()) % 8, 2) != bucket:
         root = _tree(rng, length, rng.random() < wide, branch)
@@ -742,35 +636,35 @@ def _problem(rng, id, bucket, lengths, wide, branch, rare, distractors):
         n = rng.randint(2, 9)
         nodes.append(_Node("n+n", None, (rng.randint(2, 12), n)) if rng.random() < 0.5 else
                      _Node("+n", None, (n,), (rng.choice(nodes),)))
-    same = {n for n in nodes if n.value and len(n.op) == 2 and n.numbers and n.children and rng.random() < THEN}
+    same_owner = {n for n in nodes if n.value and n.numbers and n.children and rng.random() < THEN}
     names, name, item = iter(rng.sample(NAMES, len(NAMES))), {}, rng.choice(ITEMS)
     for n in reversed(nodes):  # children first: a count that changes keeps its owner
-        name[n] = name[n.children[0]] if n in same else next(names)
-    wording = RARE if rng.random() < rare else COMMON
-    said = [wording["then" * (n in same) + n.op].format(x=name[n], item=item, **dict(zip("nm", reversed(n.numbers))),
-                                 **dict(zip("yz", map(name.get, n.children))))
-            for n in _random_order(rng, nodes)]
-    said.append(wording["ask"].format(x=name[root], item=item))
+        name[n] = name[n.children[0]] if n in same_owner else next(names)
+    wording, said = int(rng.random() < rare), []
+    for n in _random_order(rng, nodes):
+        operands = dict(zip("nm", reversed(n.numbers))) | dict(zip("yz", map(name.get, n.children)))
+        sentence = WORDING["then" * (n in same_owner) + n.op][wording]
+        said.append(sentence.format(x=name[n], item=item, **operands))
+    said.append(WORDING["ask"][wording].format(x=name[root], item=item))
     return Example(" ".join(said), steps, str(root.value), id)
 
 
 @functools.lru_cache
-def builtin(name, split):
-    """The examples of a built-in set: always the same ones, in the same order. "builtin" has the splits
-    train and valid, "chain" these and test, the others test. ValueError for another split."""
+def builtin(name: str, split: str) -> list[Example]:
+    """The examples of a built-in set, always the same in the same order. ValueError for a split it lacks."""
     if split not in BUILTIN[name]:
         raise ValueError(f"built-in set {name!r} has no split {split!r} (it has {', '.join(BUILTIN[name])})")
-    mixed = (2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 6, 6)
-    lengths, wide, branch, rare, distracted = {  # step counts; probabilities: see _problem
-        "hard": ((5, 6), 1.0, 0.3, 0.0, 0.0), "reworded": (mixed, 0.0, 0.3, 1.0, 1.0), "easy": ((2, 3), 0.0, 0.3, 0.0, 0.0),
-        "chain": (mixed, 0.1, 0.0, 0.0, 0.0),
-    }.get(name, (mixed, 0.1, 0.3, 0.1, 0.1))
-    rng = random.Random(f"{name} {split}")
-    bucket = {"test": 0, "valid": 1, "train": 2}[split]
-    examples = {}
+    mixed = [2] * 6 + [3] * 6 + [4] * 4 + [5] * 2 + [6] * 2
+    settings = {  # step counts; wide, branch, rare and the probability of a distractor: see _problem
+        "hard": ((5, 6), 1.0, 0.3, 0.0, 0.0), "reworded": (mixed, 0.0, 0.3, 1.0, 1.0),
+        "easy": ((2, 3), 0.0, 0.3, 0.0, 0.0), "chain": (mixed, 0.1, 0.0, 0.0, 0.0),
+    }
+    *how, distracted = settings.get(name, (mixed, 0.1, 0.3, 0.1, 0.1))
+    rng, examples = random.Random(f"{name} {split}"), {}
+    bucket = ("test", "valid", "train").index(split)
     while len(examples) < BUILTIN[name][split]:
-        example = _problem(rng, f"{name}_{split}:{len(examples) + 1}", bucket, lengths, wide, branch, rare,
-                           int(rng.random() < distracted))
+        id = f"{name}_{split}:{len(examples) + 1}"
+        example = _problem(rng, id, bucket, *how, int(rng.random() < distracted))
         examples.setdefault(example.question, example)
     return list(examples.values())
 
@@ -778,17 +672,16 @@ def builtin(name, split):
 BUILTIN_PIECES = r"### | ?[A-Za-z]+(?: (?=[0-9]))?|[0-9]{1,2}|<<|>>\n?|\?\n?|[\s\S]"
 
 
-def builtin_tokenizer():
-    """Whole words and whole numbers up to LARGEST. A word takes the space before it, and also the one after
-    it where a number follows, so that a number is the same one token in questions and in steps."""
-    words = {"### ", "\n", "?\n", ">>", ">>\n", "<<", *"+-*=.?", *map(str, range(LARGEST + 1))}
-    for text in (*COMMON.values(), *RARE.values()):
-        for name, item in itertools.product(NAMES, ITEMS):
-            said = "Ada. " + text.format(x=name, y=name, z=name, m=1, n=1, item=item)
-            words.update(re.findall(BUILTIN_PIECES, said))
-    words |= set(NAMES)  # as the first word
-    return Tokenizer.from_words(sorted(w for w in words if len(w.encode()) > 1), BUILTIN_PIECES,
-                                ["<|end_of_text|>"])
+def builtin_tokenizer() -> Tokenizer:
+    """Whole words and whole numbers up to LARGEST. A word takes the space before it, and also the one after it
+    where a number follows, so that a number is the same one token in questions and in steps."""
+    words = {"### ", "\n", "?\n", ">>", ">>\n", "<<", *"+-*=.?", *map(str, range(LARGEST + 1)), *NAMES}
+    for text in [text for pair in WORDING.values() for text in pair]:
+        for name in NAMES:
+            for item in ITEMS:
+                said = "Ada. " + text.format(x=name, y=name, z=name, m=1, n=1, item=item)
+                words.update(re.findall(BUILTIN_PIECES, said))
+    return Tokenizer.from_words(sorted(w for w in words if len(w) > 1), BUILTIN_PIECES, ["<|end_of_text|>"])
 
 
 # --- encoding ---
@@ -812,8 +705,8 @@ def encode_example(example: Example, tokenizer: Tokenizer) -> Encoded:
 
 
 def encode_all(examples: list[Example], tokenizer: Tokenizer, max_len: int) -> tuple[list[Encoded], int]:
-    """Encode those that fit -> (encoded, skipped). Too long is question + steps + answer + 2 > max_len ids (the 2 are
-    the start and end of the latents); those are skipped, never cut, for a cut question has another answer."""
+    """Encode those of at most max_len ids -> (encoded, how many were skipped). The start and the end of the latents
+    count too. A long question is skipped, never cut, for a cut question has another answer."""
     kept = []
     for example in examples:
         if len(example.question) + sum(map(len, example.steps)) >= MAX_TEXT:
@@ -830,90 +723,59 @@ _RAW = "https://raw.githubusercontent.com"
 _OPENAI = f"{_RAW}/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data"
 _PAL = f"{_RAW}/reasoning-machines/pal/f81ca2a9777f002f98a6b4d0f10b61bd5c8feb02/datasets"
 _AUG = "da03/Internalize_CoT_Step_by_Step/e06a32ee5e4cd117171daeb4755d2a97ece62761/data/gsm8k"
-SOURCES = {  # file -> (address, SHA-256, bytes)
-    "gsm8k_train.jsonl": (f"{_OPENAI}/train.jsonl", "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465", 4166206),
-    "gsm8k_test.jsonl": (f"{_OPENAI}/test.jsonl", "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14", 749738),
-    "gsm8k_aug_train.txt": (f"https://media.githubusercontent.com/media/{_AUG}/train.txt",  # raw has an LFS pointer
+SOURCES = {  # file -> (address, SHA-256, bytes); raw has only a Git LFS pointer of gsm8k_aug_train.txt
+    "gsm8k_train.jsonl": (f"{_OPENAI}/train.jsonl",
+                          "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465", 4166206),
+    "gsm8k_test.jsonl": (f"{_OPENAI}/test.jsonl",
+                         "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14", 749738),
+    "gsm8k_aug_train.txt": (f"https://media.githubusercontent.com/media/{_AUG}/train.txt",
                             "0a3909a9e7d8d2f7ad6b8c7b5608aa744988d835f9bf874d4cf06ca77df6bf8c", 87805358),
-    "gsm8k_aug_valid.txt": (f"{_RAW}/{_AUG}/valid.txt", "04f9bddfe8ac4846571b1e2b612b289c95770b5012fdb34cc36a597b041afb87", 143419),
-    "gsm8k_aug_test.txt": (f"{_RAW}/{_AUG}/test.txt", "e464efa2713fbcf423bdbfb482c543a6a086188c3d97c294b1d19a70c2a515e8", 388019),
+    "gsm8k_aug_valid.txt": (f"{_RAW}/{_AUG}/valid.txt",
+                            "04f9bddfe8ac4846571b1e2b612b289c95770b5012fdb34cc36a597b041afb87", 143419),
+    "gsm8k_aug_test.txt": (f"{_RAW}/{_AUG}/test.txt",
+                           "e464efa2713fbcf423bdbfb482c543a6a086188c3d97c294b1d19a70c2a515e8", 388019),
     "svamp.json": (f"{_RAW}/arkilpatel/SVAMP/689d7ccac74b9983a2ac7cc3b264f441b99e7c53/SVAMP.json",
                    "5be77703a6d891ae476d7c082787ad361392aa02453b132516cdd5f4e7934e3e", 339970),
-    "gsm_hard.jsonl": (f"{_PAL}/gsmhardv2.jsonl", "2032b0188a49ac0ec38cbe1e695e7d62d6dddc44bbb64f920728aca710e9ddef", 1138151),
-    "multiarith.jsonl": (f"{_PAL}/mawpsmultiarith.jsonl", "12e8295088364af21fb6591dbdbd1dda452aade57227f63d725677471ded2951", 109522),
+    "gsm_hard.jsonl": (f"{_PAL}/gsmhardv2.jsonl",
+                       "2032b0188a49ac0ec38cbe1e695e7d62d6dddc44bbb64f920728aca710e9ddef", 1138151),
+    "multiarith.jsonl": (f"{_PAL}/mawpsmultiarith.jsonl",
+                         "12e8295088364af21fb6591dbdbd1dda452aade57227f63d725677471ded2951", 109522),
 }
-LICENCES = {"gsm8k": "MIT", "gsm8k_aug": "MIT", "svamp": "MIT", "gsm_hard": "Apache-2.0", "multiarith": "Apache-2.0"}
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def download(file: str, data_dir: str | Path, source_dir: str | Path | None = None) -> Path:
+    """Put one file of SOURCES into data_dir and return its path. A right one is left alone.
 
-
-def download(file: str, data_dir: str | Path, source_dir: str | Path | None = None, url: str | None = None,
-             timeout: float = 30) -> Path:
-    """Put one file of SOURCES into data_dir, checked, and return its path; a right one is left alone.
-
-    It is taken from source_dir where that has it, else fetched from `url` (its own address by default) into
-    <name>.part, which a later call resumes. Only a file with the right sum ever gets the final name. Raises
-    ValueError for a wrong file, ConnectionError (an OSError) when the network fails.
+    It is copied from source_dir where that has it, else downloaded. Only a file with the pinned sum gets the
+    final name. Raises ValueError for a wrong file, ConnectionError when the network fails.
     """
-    address, digest, size = SOURCES[file]
+    origin, digest, size = SOURCES[file]
     path = Path(data_dir) / file
-    if path.is_file() and _sha256(path) == digest:
+    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == digest:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(file + ".part")
-    origin = Path(source_dir) / file if source_dir else None
-    if origin and origin.is_file():
+    if source_dir and (Path(source_dir) / file).is_file():
+        origin = Path(source_dir) / file
         shutil.copyfile(origin, part)
     else:
-        origin = url or address
         try:
-            _fetch(origin, part, size, timeout)
-        except (OSError, http.client.HTTPException) as error:
-            reason = " ".join(str(getattr(error, "reason", "") or error or type(error).__name__).split())
-            code = f"HTTP {error.code}: " if isinstance(error, urllib.error.HTTPError) else ""
-            raise ConnectionError(f"{origin}: {code}{reason}; run again to resume, or use --from DIR") from None
-    got = part.stat().st_size
-    if got != size or _sha256(part) != digest:
+            _fetch(origin, part, size)
+        except (OSError, HTTPException) as error:
+            raise ConnectionError(f"{origin}: {' '.join(str(error).split())}; run again, or use --from DIR") from None
+    if hashlib.sha256(part.read_bytes()).hexdigest() != digest:
         part.unlink()
-        raise ValueError(f"{origin}: not the published {file} ({got} bytes, {size} expected; its SHA-256 must be {digest}); "
-                         "the copy was deleted")
+        raise ValueError(f"{origin} is not the published {file}, whose SHA-256 is {digest}; the copy was deleted")
     os.replace(part, path)
     return path
 
 
-def _fetch(url: str, part: Path, size: int, timeout: float) -> None:
-    """Bring `part` up to `size` bytes from `url`, from where it stops. Raises OSError or HTTPException."""
-    start = part.stat().st_size if part.exists() else 0
-    if start == size:
-        return  # complete, but interrupted before the check
-    headers = {"User-Agent": "atp-latent", "Accept-Encoding": "identity"}
-    if 0 < start < size:
-        headers["Range"] = f"bytes={start}-"
-    try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
-    except urllib.error.HTTPError as error:
-        if error.code != 416 or "Range" not in headers:
-            raise
-        part.unlink()
-        return _fetch(url, part, size, timeout)
-    with response:
-        resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
-        start = start if resumed else 0
-        with (open(part, "ab" if resumed else "wb") as file,
-              tqdm(total=size, initial=start, desc=part.stem, unit="B", unit_scale=True, disable=None) as bar):
-            try:
-                while start <= size and (chunk := response.read1(1 << 16)):
-                    file.write(chunk)
-                    start += len(chunk)
-                    bar.update(len(chunk))
-            finally:  # what did arrive is worth keeping
-                file.flush()
-                os.fsync(file.fileno())
-        # a short body that is all the server meant to send is a wrong file, and the sum will say so
-        if start < size and response.length != 0:
-            raise ConnectionError(f"the connection closed after {start} of {size} bytes")
+def _fetch(url: str, part: Path, size: int):
+    with (urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as file,
+          tqdm(total=size, desc=part.stem, unit="B", unit_scale=True, disable=None) as bar):
+        while bar.n <= size and (chunk := response.read(1 << 16)):  # an endless answer is cut
+            file.write(chunk)
+            bar.update(len(chunk))
 
 
 class Parser(argparse.ArgumentParser):
@@ -923,38 +785,38 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see --help)\n")
 
 
-def main(argv: list[str] | None = None) -> int:
+def cli(main):
+    """Run main() as a command. Errors are one line on stderr: exit status 2 for what the user can mend, 1 for what
+    the machine or a non-finite number ended, 130 for Ctrl-C."""
+    try:
+        sys.exit(main())
+    except (ValueError, OSError, FloatingPointError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2 if isinstance(error, (ValueError, FileNotFoundError)) else 1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def main(argv: list[str] | None = None):
     parser = Parser(prog="data.py", description="Download the datasets; without a name, list them.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"all, {', '.join(DATASETS)}")
-    parser.add_argument("--from", dest="source_dir", metavar="DIR", help="take files from DIR where it has them")
+    parser.add_argument("--from", dest="source_dir", metavar="DIR", help="copy files from DIR where it has them")
     parser.add_argument("--data_dir", default="data", help="where the files go (default: data)")
-    parser.add_argument("--base_url", help="scheme://host of a mirror with the same paths")
     args = parser.parse_args(argv)
-    try:
-        if unknown := [name for name in args.names if name not in (*DATASETS, "all")]:
-            raise ValueError(f"no dataset '{unknown[0]}'; choose from all, {', '.join(DATASETS)}")
-        if args.base_url and not (args.base_url.lower().startswith(("http://", "https://")) and args.base_url.isprintable()):
-            raise ValueError(f"--base_url {args.base_url!r}: must begin with http:// or https://")
-        if args.source_dir and not Path(args.source_dir).is_dir():
-            raise FileNotFoundError(f"--from {args.source_dir}: no such folder")
-        if not args.names:
-            for name, files in DATASETS.items():
-                for file in files.values():
-                    present = "present" if (Path(args.data_dir) / file).is_file() else "-"
-                    print(f"{name:<12}{file:<22}{SOURCES[file][2] / 1e6:>6.1f} MB  {LICENCES[name]:<12}{present}")
-        for name in DATASETS if "all" in args.names else dict.fromkeys(args.names):
-            for file in DATASETS[name].values():
-                path = urllib.parse.urlsplit(SOURCES[file][0]).path
-                url = args.base_url.rstrip("/") + path if args.base_url else None
-                print(f"{download(file, args.data_dir, args.source_dir, url)}: ok")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; run again to resume", file=sys.stderr)
-        return 130
-    return 0
+    for name in args.names:
+        if name not in DATASETS and name != "all":
+            raise ValueError(f"no dataset '{name}'; choose from all, {', '.join(DATASETS)}")
+    if args.source_dir and not Path(args.source_dir).is_dir():
+        raise FileNotFoundError(f"--from {args.source_dir}: no such folder")
+    for name, files in DATASETS.items():
+        for file in files.values():
+            if name in args.names or "all" in args.names:
+                print(f"{download(file, args.data_dir, args.source_dir)}: ok")
+            elif not args.names:
+                here = "present" if (Path(args.data_dir) / file).is_file() else "-"
+                print(f"{name:<12}{file:<22}{SOURCES[file][2] / 1e6:>6.1f} MB  {here}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli(main)

@@ -1,20 +1,21 @@
-"""LLaMA in one file: RMSNorm, RoPE (plain and Llama-3 scaled), grouped-query attention, SwiGLU.
+"""LLaMA in one file: RMSNorm, rotary positions (plain and Llama-3 scaled), grouped-query attention, SwiGLU.
 
-Reads and writes Hugging Face checkpoints (config.json + safetensors, whole or sharded). The one thing
-that differs from other small LLaMAs is the cache. Latent reasoning first reads a question in one
-parallel pass and then goes on one position at a time, with gradients, and in reinforcement learning
-with several continuations of the same question. So keys and values are held in two segments:
+It reads and writes Hugging Face checkpoints (config.json + safetensors, whole or sharded). The one thing that
+differs from other small LLaMAs is the cache. Latent reasoning reads a question in one wide pass. It then goes on
+one position at a time, with gradients, and in reinforcement learning with several continuations of one question.
+So keys and values lie in two segments:
 
     prefix   (Q, KV, S, D)      the question, right-padded, computed once, shared by a group of G rows
-    tail     (Q, KV, G, N, D)   what came since, N columns; row b of the batch is (b // G, b % G)
+    tail     (Q, KV, G, N, D)   what came since; row b of the batch is (b // G, b % G)
 
-A decoding step copies only the short tail, never the prefix, and its autograd graph keeps one prefix.
-Columns of the tail may be invalid in some rows: they are attended to by nobody and use up no position.
+The tail has all its N columns from the start. A mask says which of them count in which row. Every latent is then
+the same computation on the same shapes, so one compiled block serves all of them.
 """
 
 import json
 import math
 import os
+import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from reprlib import repr as short
@@ -26,15 +27,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-
-def positive(value):
-    """Whether a JSON value is a number above 0 that float32 can hold."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e38
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads", "head_dim", "max_position_embeddings")
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 @dataclass
 class LLaMAConfig:
-    """Fields of a Hugging Face LlamaConfig that this architecture needs, under their names there."""
+    """The fields of a Hugging Face LlamaConfig that this architecture needs, under their names there."""
 
     vocab_size: int
     hidden_size: int
@@ -52,78 +52,66 @@ class LLaMAConfig:
     eos_token_id: int | list | None = None
 
     def __post_init__(self):
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                 "num_key_value_heads", "head_dim", "max_position_embeddings")
-        for name in sizes:
+        for name in SIZES:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= 2**24:
+            if type(value) is not int or not 0 < value <= 2**24:
                 raise ValueError(f"{name} must be an integer from 1 to {2**24}, not {short(value)}")
-        if self.num_attention_heads * self.head_dim > 2**24:  # with this no tensor's size overflows 64 bits
-            raise ValueError(f"num_attention_heads times head_dim is {self.num_attention_heads * self.head_dim}, "
-                             f"more than {2**24}")
-        for name in ("rms_norm_eps", "rope_theta"):
-            value = getattr(self, name)
-            if not positive(value):
-                raise ValueError(f"{name} must be a positive number, not {short(value)}")
-            setattr(self, name, float(value))  # JSON's integers may be larger than a tensor's
-        if not isinstance(self.tie_word_embeddings, bool):
-            raise ValueError(f"tie_word_embeddings must be true or false, not {short(self.tie_word_embeddings)}")
-        if self.bos_token_id is not None and type(self.bos_token_id) is not int:
-            raise ValueError(f"bos_token_id must be an integer, not {short(self.bos_token_id)}")
-        eos = self.eos_token_id
-        if eos is not None and any(type(i) is not int for i in (eos if isinstance(eos, list) else [eos])):
-            raise ValueError(f"eos_token_id must be an integer or a list of them, not {short(eos)}")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                             f"num_key_value_heads {self.num_key_value_heads}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd: rotary embedding turns pairs of dimensions")
+        numbers = {"rms_norm_eps": self.rms_norm_eps, "rope_theta": self.rope_theta}
         if self.rope_scaling is not None:
-            needed = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-            for key in needed:
-                value = self.rope_scaling.get(key)
-                if not positive(value):
-                    raise ValueError(f"rope_scaling needs a positive number {key!r}, not {short(value)}")
-            if self.rope_scaling["low_freq_factor"] >= self.rope_scaling["high_freq_factor"]:
-                raise ValueError("rope_scaling needs low_freq_factor < high_freq_factor")
+            numbers |= {f"rope_scaling's {key}": self.rope_scaling.get(key) for key in LLAMA3_ROPE}
+        for name, value in numbers.items():
+            if type(value) not in (int, float) or not 0 < value < 1e38:
+                raise ValueError(f"{name} must be a positive number, not {short(value)}")
+        rope = self.rope_scaling
+        if rope and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+            raise ValueError("rope_scaling needs low_freq_factor < high_freq_factor")
+        self.rms_norm_eps, self.rope_theta = float(self.rms_norm_eps), float(self.rope_theta)
+        if type(self.tie_word_embeddings) is not bool:
+            raise ValueError(f"tie_word_embeddings must be true or false, not {short(self.tie_word_embeddings)}")
+        eos = self.eos_token_id
+        for name, ids in (("bos_token_id", [self.bos_token_id]), ("eos_token_id", eos if type(eos) is list else [eos])):
+            if any(type(i) not in (int, type(None)) for i in ids):
+                raise ValueError(f"{name} must be an integer, not {short(ids)}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
+        if self.head_dim % 2:
+            raise ValueError("head_dim must be even: rotary embedding turns pairs of dimensions")
 
     @classmethod
     def from_dict(cls, raw):
         """From the contents of a config.json. ValueError names what this architecture has not."""
         if not isinstance(raw, dict):
             raise ValueError("it is not a JSON object")
-        refused = {"model_type": ("llama",), "hidden_act": ("silu",), "attention_bias": (False,),
-                   "mlp_bias": (False,), "quantization_config": (None,)}
-        for key, allowed in refused.items():
-            if key == "model_type" and key not in raw:
-                raise ValueError("key 'model_type' is missing (this code reads model_type 'llama')")
-            if raw.get(key, allowed[0]) not in allowed:
-                raise ValueError(f"{key} {short(raw[key])} is not supported (only {allowed[0]!r})")
-        raw = dict(raw)
-        # transformers 5 writes rope_parameters; published checkpoints have rope_theta + rope_scaling
+        raw = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, **raw}  # LlamaConfig's own defaults
+        # transformers 5 writes rope_parameters, published checkpoints have rope_theta and rope_scaling
         for key in ("rope_parameters", "rope_scaling"):
             if not isinstance(raw.get(key), (dict, type(None))):
                 raise ValueError(f"{key} must be an object, not {short(raw[key])}")
-        rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})  # transformers' order of preference
+        rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})  # transformers' preference
+        kind = rope.pop("rope_type", rope.pop("type", "default"))
         raw["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
-        kind = rope.get("rope_type", rope.get("type", "default"))
+        partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
+        found = {"model_type": raw.get("model_type"), "hidden_act": raw.get("hidden_act", "silu"),
+                 "attention_bias": raw.get("attention_bias", False), "mlp_bias": raw.get("mlp_bias", False),
+                 "quantization_config": raw.get("quantization_config"), "partial_rotary_factor": partial}
+        wanted = dict(model_type="llama", hidden_act="silu", attention_bias=False, mlp_bias=False,
+                      quantization_config=None, partial_rotary_factor=1.0)
+        for key, value in wanted.items():
+            if found[key] != value:
+                raise ValueError(f"{key} {short(found[key])} is not supported (only {value!r})")
         if kind not in ("default", "llama3"):
             raise ValueError(f"rope_type {short(kind)} is not supported (only 'default' and 'llama3')")
-        if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
-            raise ValueError("partial_rotary_factor is not supported")
         raw["rope_scaling"] = {**rope, "rope_type": kind} if kind == "llama3" else None
-        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            if key not in raw:
-                raise ValueError(f"key {key!r} is missing")
+        heads, width = raw.get("num_attention_heads"), raw.get("hidden_size")
         if raw.get("num_key_value_heads") is None:
-            raw["num_key_value_heads"] = raw["num_attention_heads"]
-        if raw.get("head_dim") is None:
-            heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
-            if not (isinstance(heads, int) and isinstance(hidden, int) and heads > 0) or hidden % heads:
+            raw["num_key_value_heads"] = heads
+        if raw.get("head_dim") is None and type(heads) is type(width) is int and heads > 0:
+            if width % heads:
                 raise ValueError("hidden_size is not a multiple of num_attention_heads, and there is no head_dim")
-            raw["head_dim"] = hidden // heads
-        raw.setdefault("tie_word_embeddings", False)  # LlamaConfig's own default
-        raw.setdefault("rms_norm_eps", 1e-6)
+            raw["head_dim"] = width // heads
+        missing = [name for name in SIZES[:7] if name not in raw]
+        if missing:
+            raise ValueError(f"key {missing[0]!r} is missing")
         return cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
 
     def to_dict(self):
@@ -135,16 +123,13 @@ class LLaMAConfig:
 def rope_frequencies(config):
     """Rotation per position of each pair of dimensions, float32 (head_dim / 2,).
 
-    Llama-3 scaling (as in Meta's llama-models): wavelengths longer than the original context
-    / low_freq_factor are stretched by `factor`, those shorter than context / high_freq_factor are kept,
-    those between are interpolated."""
+    Llama-3 scaling, as in Meta's llama-models: wavelengths longer than the original context / low_freq_factor
+    are stretched by `factor`, those shorter than context / high_freq_factor are kept, those between are
+    interpolated."""
     freq = config.rope_theta ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)
-    s = config.rope_scaling
-    if s is None:
+    if config.rope_scaling is None:
         return freq
-    # as floats, like rope_theta
-    low, high, factor, context = (float(s[key]) for key in (
-        "low_freq_factor", "high_freq_factor", "factor", "original_max_position_embeddings"))
+    factor, low, high, context = (float(config.rope_scaling[key]) for key in LLAMA3_ROPE)
     turns = context * freq / (2 * math.pi)  # rotations within the old context
     smooth = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - smooth) * freq / factor + smooth * freq
@@ -156,157 +141,61 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
-# --- rows: all that works on single positions runs on the real ones only, without padding ---
-
 def first(counts, width):
     """Bool mask (B, width) of the first counts (B,) places of each row."""
     return torch.arange(width, device=counts.device) < counts[:, None]
 
 
-class Pack(torch.autograd.Function):
-    """(B * T, ...) -> its rows `index`."""
-
-    @staticmethod
-    def forward(ctx, x, index):
-        ctx.save_for_backward(index)
-        ctx.shape = x.shape
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.new_zeros(ctx.shape).index_copy_(0, ctx.saved_tensors[0], grad), None
-
-
-class Unpack(torch.autograd.Function):
-    """The reverse: (N, ...) -> (B * T, ...), zeros elsewhere. `size`: B * T."""
-
-    @staticmethod
-    def forward(ctx, x, index, size):
-        ctx.save_for_backward(index)
-        return x.new_zeros(size, *x.shape[1:]).index_copy_(0, index, x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.index_select(0, ctx.saved_tensors[0]), None, None
-
-
-WORTH = 64   # fewer invalid positions than this cost less to compute than to leave out
-PART = 512   # least size of the groups of like length into which causal attention, which needs padding, cuts the rows
-
-
-class Rows:
-    """Which positions of a (B, T) pass are real, and where they are when packed: shorter rows first."""
-
-    def __init__(self, B, T, valid=None, parts=1, worth=None):
-        """parts: at most so many groups of rows for causal attention."""
-        self.B, self.T, self.index, self.parts = B, T, None, [(slice(None), self)]
-        count = B * T if valid is None else int(valid.sum())
-        self.full = count == B * T
-        if count + (worth or WORTH) > B * T:
-            return
-        lengths, order = valid.sum(dim=1).sort()
-        places = order[:, None] * T + torch.arange(T, device=valid.device)
-        self.index = places[valid[order]]
-        parts = min(parts, B, B * T // PART)
-        if parts > 1:
-            self.parts, start = [], 0
-            for part in lengths.tensor_split(parts):
-                size, T = int(part.sum()), max(1, int(part[-1]))
-                self.parts.append((slice(start, start + size), Rows(len(part), T, first(part, T), worth=1)))
-                start += size
-
-    def pack(self, x):
-        """(B, T, ...) -> (N, ...)"""
-        x = x.flatten(0, 1)
-        return x if self.index is None else Pack.apply(x, self.index)
-
-    def unpack(self, x):
-        """(N, ...) -> (B, T, ...), zeros elsewhere"""
-        x = x if self.index is None else Unpack.apply(x, self.index, self.B * self.T)
-        return x.unflatten(0, (self.B, self.T))
-
-
-# --- weights of many short passes: their gradient is one matrix product at the end, not one a pass ---
-
-class Hold(torch.autograd.Function):
-    """A weight, and at the end of backward the gradient that all uses of it have left in `uses`. Autograd runs this
-    node when every pass is done with it; a backward that asks for no gradient of the weight must be the graph's last."""
-
-    @staticmethod
-    def forward(ctx, weight, dtype, uses):
-        ctx.uses, ctx.dtype = uses, weight.dtype
-        ctx.set_materialize_grads(False)
-        return weight.to(dtype) if dtype != weight.dtype else weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx, grad):
-        if not ctx.uses:
-            return None, None, None
-        x, g = (torch.cat(part) for part in zip(*ctx.uses))
-        ctx.uses.clear()
-        return (g.t() @ x).to(ctx.dtype), None, None
-
-
-class Use(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, uses):
-        ctx.save_for_backward(x, weight)
-        ctx.uses = uses
-        return F.linear(x, weight)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        ctx.uses.append((x, grad))
-        return grad @ weight if ctx.needs_input_grad[0] else None, None, None
-
-
-class HeldLinear:
-    """A bias-free nn.Linear as the passes over a tail use it: a pass of a few rows costs a read of the weights, and
-    its own weight gradient would cost a write and an addition of as much again."""
-
-    def __init__(self, linear):
-        weight, self.uses = linear.weight, []
-        autocast = torch.is_autocast_enabled(weight.device.type)
-        self.dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
-        self.weight = Hold.apply(weight, self.dtype, self.uses)
-
-    def __call__(self, x):
-        return Use.apply(x.to(self.dtype), self.weight, self.uses)
-
-
 class KVCache:
-    """Keys and values of a shared prefix and of the tail since (see the top of this file)."""
+    """Keys and values of a prefix and of the tail since. See the top of this file."""
 
-    def __init__(self):
-        self.group = 1
-        self.prefix = None        # per layer: k, v (Q, KV, S, D)
-        self.prefix_bias = None   # (Q, 1, 1, 1, 1, S) or None where no row is padded: 0, or -inf at padding
-        self.tail = None          # per layer: k, v (Q, KV, G, N or more, D)
-        self.valid = None         # (B, N) bool
+    def __init__(self, size, group=1):
+        """size: columns of the tail, N. group: rows of the batch that continue each row of the prefix, G."""
+        self.size, self.group = size, group
+        self.prefix = None         # per layer: k, v (Q, KV, S, D)
+        self.tail = None           # per layer: k, v (Q, KV, G, N, D)
+        self.prefix_bias = None    # (Q, 1, 1, 1, 1, S): 0, or -inf at padding
+        self.counts = None         # (B, N) bool: the columns of the tail that count
+        self.filled = 0            # columns of the tail that are written
         self.next_position = None  # (B,) position of each row's next token
-        self.held = None          # {nn.Linear: HeldLinear} where gradients are wanted
+        self.weights = None        # per layer: Block.weights, cast once and not at every position
 
-    def expand(self, group):
-        """From now on each row of the prefix is continued by `group` rows of the batch."""
-        assert self.tail is None and self.group == 1
-        self.group = group
-        self.next_position = self.next_position.repeat_interleave(group)
-        return self
+    def start(self, kv, valid, dtype):
+        """Keep the keys and values of the first pass, with `valid` (Q, S) what is no padding, and an empty tail."""
+        self.prefix = [tuple(t.contiguous() for t in layer) for layer in kv]
+        Q, KV, S, D = self.prefix[0][0].shape
+        empty = kv[0][0].new_zeros(Q, KV, self.group, self.size, D)
+        # without gradients columns are written in place: then every layer needs a tail of its own
+        own = torch.clone if not torch.is_grad_enabled() else torch.Tensor.detach
+        self.tail = [(own(empty), own(empty)) for _ in kv]
+        self.prefix_bias = bias_of(valid, dtype)[:, None, None, None, None]
+        self.counts = valid.new_zeros(Q * self.group, self.size)
+        self.next_position = valid.sum(dim=1).repeat_interleave(self.group)
+
+    def extend(self, valid, dtype):
+        """T new columns, which count where `valid` (B, T) is set. Returns their positions (B, T), their places
+        in the tail (T,) and the bias of attention (Q, 1, G, 1, T, S + N)."""
+        (B, T), G, S = valid.shape, self.group, self.prefix_bias.shape[-1]
+        columns = torch.arange(self.filled, self.filled + T, device=valid.device)
+        self.filled += T
+        positions = (self.next_position[:, None] + valid.cumsum(dim=1) - 1).clamp(min=0)
+        self.next_position = self.next_position + valid.sum(dim=1)
+        self.counts = self.counts.index_copy(1, columns, valid)
+        earlier = torch.arange(self.size, device=valid.device) <= columns[:, None]             # (T, N)
+        to_tail = bias_of(self.counts[:, None] & earlier, dtype).view(B // G, 1, G, 1, T, self.size)
+        to_prefix = self.prefix_bias.expand(B // G, 1, G, 1, T, S)
+        return positions, columns, torch.cat((to_prefix, to_tail), dim=-1)
 
 
-def append(tail, new, N):
-    """Columns `new` (Q, KV, G, T, D) after the first N of `tail` -> the tail to keep, and its N + T columns.
+def product_dtype(x):
+    """The dtype of matrix products with x: autocast's where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
-    Autograd needs every version of the tail; without it there is one buffer with room to grow."""
-    if torch.is_grad_enabled():
-        tail = torch.cat((tail, new), dim=3)
-        return tail, tail
-    end = N + new.shape[3]
-    if end > tail.shape[3]:
-        tail = F.pad(tail, (0, 0, 0, max(16, end)))
-    tail[:, :, :, N:end] = new
-    return tail, tail[:, :, :, :end]
+
+def bias_of(mask, dtype):
+    """0 where the mask is set, -inf elsewhere: what is added to attention's scores."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -math.inf)
 
 
 class Attention(nn.Module):
@@ -318,39 +207,39 @@ class Attention(nn.Module):
         self.qkv_proj = nn.Linear(config.hidden_size, sum(self.sizes), bias=False)  # queries, keys, values
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x, rows, rope, past, bias, held):
-        """x (N, d) -> y (N, d), (k, v). `past`: None for a causal pass over a prefix, which gives k, v (N, KV, D),
-        else (prefix_k, prefix_v, tail_k, tail_v, columns of the tail in use), which gives the longer tail."""
-        B, T, H, KV, D = rows.B, rows.T, self.heads, self.kv_heads, self.head_dim
-        qk, v = apply(self.qkv_proj, x, held).unflatten(1, (H + 2 * KV, D)).split((H + KV, KV), dim=1)
-        qk = rotate(qk, *rope).to(v.dtype)  # else autocast copies the whole prefix's keys at every step
+    def forward(self, x, rope, qkv_weight, o_weight, past=None):
+        """x (B, T, d) -> y (B, T, d), (k, v). Without `past` this is a causal pass, with k, v (B, KV, T, D).
+        With `past`, (prefix k, v, tail k, v, columns, bias), k and v are the tail with the new columns."""
+        H, KV, D = self.heads, self.kv_heads, self.head_dim
+        qkv = F.linear(x, qkv_weight).unflatten(-1, (H + 2 * KV, D))               # (B, T, heads, D)
+        qk, v = qkv.split((H + KV, KV), dim=2)
+        q, k = rotate(qk, *rope).to(v.dtype).split((H, KV), dim=2)
         if past is None:
-            kv, y = (qk[:, H:], v), []
-            for place, part in rows.parts:
-                qkv = (*part.unpack(qk[place]).split((H, KV), dim=2), part.unpack(v[place]))
-                qkv = (t.transpose(1, 2) for t in qkv)
-                out = F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=H > KV)
-                y.append(part.pack(out.transpose(1, 2)))
-            y = torch.cat(y) if len(y) > 1 else y[0]
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))                       # (B, heads, T, D)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H > KV)
+            y, kv = y.transpose(1, 2), (k, v)
         else:
-            q, k = rows.unpack(qk).split((H, KV), dim=2)  # (B, T, heads, D)
-            v = rows.unpack(v)
-            prefix_k, prefix_v, tail_k, tail_v, N = past
-            Q, _, G, _, _ = tail_k.shape
-            R, S = H // KV, prefix_k.shape[2]
-            tail_k, k = append(tail_k, k.reshape(Q, G, T, KV, D).permute(0, 3, 1, 2, 4), N)
-            tail_v, v = append(tail_v, v.reshape(Q, G, T, KV, D).permute(0, 3, 1, 2, 4), N)
-            kv = tail_k, tail_v
-            # the rows of a group are so many more queries to the one prefix: nothing is expanded
-            q = q.reshape(Q, G, T, KV, R, D).permute(0, 3, 1, 4, 2, 5).reshape(Q, KV, G * R * T, D) * D**-0.5
-            to_prefix = (q @ prefix_k.transpose(-1, -2)).view(Q, KV, G, R * T, S)
-            to_tail = q.view(Q, KV, G, R * T, D) @ k.transpose(-1, -2)
-            p = (torch.cat((to_prefix, to_tail), dim=-1).view(Q, KV, G, R, T, -1) + bias).flatten(3, 4)
-            p = p.softmax(dim=-1, dtype=torch.promote_types(p.dtype, torch.float32)).to(v.dtype)
-            to_prefix, to_tail = p.split((S, k.shape[3]), dim=-1)
-            y = to_tail @ v + (to_prefix.reshape(Q, KV, G * R * T, S) @ prefix_v).view(Q, KV, G, R * T, D)
-            y = rows.pack(y.view(Q, KV, G, R, T, D).permute(0, 2, 4, 1, 3, 5).reshape(B, T, H * D))
-        return apply(self.o_proj, y.flatten(1), held), kv
+            y, kv = self.attend_to_both(q, k, v, *past)
+        return F.linear(y.flatten(2), o_weight), kv
+
+    def attend_to_both(self, q, k, v, prefix_k, prefix_v, tail_k, tail_v, columns, bias):
+        """Write T columns into the tail, then attend to prefix and tail. Letters: q question, k key-value head,
+        g row of the group, r query head of k, t query, s column of the prefix, n of the tail, d dimension."""
+        (Q, KV, G, N, D), T = tail_k.shape, q.shape[1]
+        k, v = (t.unflatten(0, (Q, G)).permute(0, 3, 1, 2, 4) for t in (k, v))     # (Q, KV, G, T, D)
+        # autograd needs every version of the tail
+        write = torch.index_copy if torch.is_grad_enabled() else torch.Tensor.index_copy_
+        tail_k, tail_v = write(tail_k, 3, columns, k), write(tail_v, 3, columns, v)
+        q = q.unflatten(0, (Q, G)).unflatten(3, (KV, -1)) * D**-0.5                # (Q, G, T, KV, R, D)
+        # the rows of a group are so many more queries to the one prefix: nothing is expanded
+        to_prefix = torch.einsum("qgtkrd,qksd->qkgrts", q, prefix_k)
+        to_tail = torch.einsum("qgtkrd,qkgnd->qkgrtn", q, tail_k)
+        scores = torch.cat((to_prefix, to_tail), dim=-1) + bias                    # (Q, KV, G, R, T, S + N)
+        p = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
+        to_prefix, to_tail = p.split((prefix_k.shape[2], N), dim=-1)
+        y = torch.einsum("qkgrts,qksd->qgtkrd", to_prefix, prefix_v)
+        y = y + torch.einsum("qkgrtn,qkgnd->qgtkrd", to_tail, tail_v)
+        return y.reshape(Q * G, T, -1, D), (tail_k, tail_v)
 
 
 class MLP(nn.Module):
@@ -360,13 +249,9 @@ class MLP(nn.Module):
         self.gate_up_proj = nn.Linear(config.hidden_size, sum(self.sizes), bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x, held):
-        gate, up = apply(self.gate_up_proj, x, held).chunk(2, dim=-1)
-        return apply(self.down_proj, F.silu(gate) * up, held)
-
-
-def apply(linear, x, held):
-    return linear(x) if held is None else held[linear](x)
+    def forward(self, x, gate_up_weight, down_weight):
+        gate, up = F.linear(x, gate_up_weight).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, down_weight)
 
 
 class Block(nn.Module):
@@ -377,10 +262,17 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, rows, rope, past=None, bias=None, held=None):
-        y, kv = self.self_attn(self.input_layernorm(x), rows, rope, past, bias, held)
+    def weights(self, dtype):
+        """The four matrices in the dtype of the products."""
+        linears = self.self_attn.qkv_proj, self.self_attn.o_proj, self.mlp.gate_up_proj, self.mlp.down_proj
+        return tuple(linear.weight.to(dtype) for linear in linears)
+
+    def forward(self, x, rope, weights, past=None):
+        """x (B, T, d) -> x (B, T, d) and the keys and values of Attention.forward."""
+        qkv, o, gate_up, down = weights
+        y, kv = self.self_attn(self.input_layernorm(x), rope, qkv, o, past)
         x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x), held), kv
+        return x + self.mlp(self.post_attention_layernorm(x), gate_up, down), kv
 
 
 class LLaMA(nn.Module):
@@ -399,8 +291,8 @@ class LLaMA(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # no buffer: model.bfloat16() must not round it, and no state_dict holds it
         self.inv_freq = rope_frequencies(config)
+        self.run_block = Block.forward  # compile_blocks puts a compiled one in its place
         self.activation_checkpointing = False
-        self.compiled = None  # see compile_blocks
         std = config.hidden_size ** -0.5  # about the usual 0.02 at d = 2048; a small model needs its own
         for name, p in self.named_parameters():
             if p.dim() > 1:  # GPT-2: scale the residual branches, to keep the stream's variance
@@ -408,95 +300,67 @@ class LLaMA(nn.Module):
                 nn.init.normal_(p, std=std / math.sqrt(2 * config.num_hidden_layers) if branch else std)
 
     def compile_blocks(self, backend="inductor"):
-        """torch.compile of the causal pass, block by block: layers share their graphs, of which there is one for each
-        of with and without padding, gradients, a trained input. Passes over a tail stay eager: they are short, and
-        their shapes grow with every step."""
-        # policy and decoder together pass the usual limit of 8 graphs, beyond which all runs eagerly
-        self.compiled = [torch.compile(layer, dynamic=True, backend=backend, recompile_limit=32) for layer in self.layers]
+        """torch.compile of the block. All layers share its graphs: one for each kind of pass (wide or over a tail,
+        with gradients or without), with sizes left open."""
+        self.run_block = torch.compile(Block.forward, dynamic=True, backend=backend)
 
-    def forward(self, tokens=None, embeds=None, cache=None, valid=None, at=None):
-        """Logits (B, T, vocab), or (N, vocab) at the N positions where the bool mask `at` (B, T) is set."""
-        h = self.hidden(tokens, embeds, cache, valid)
-        return self.logits(h if at is None else h[at])
+    def forward(self, tokens=None, embeds=None, cache=None, valid=None):
+        """Logits (B, T, vocab)."""
+        return self.logits(self.hidden(tokens, embeds, cache, valid))
 
-    @property
     def output_weight(self):
-        """(vocab, d)"""
-        return (self.lm_head or self.embed_tokens).weight
+        """(vocab, d), with zero rows up to a multiple of 64: a GPU's kernels are slow on an odd vocabulary."""
+        weight = (self.lm_head or self.embed_tokens).weight
+        odd = -len(weight) % 64
+        return F.pad(weight, (0, 0, 0, odd)) if odd else weight
 
     def logits(self, h):
-        return F.linear(h, self.output_weight)
+        return F.linear(h, self.output_weight())[..., :self.config.vocab_size]
 
     def hidden(self, tokens=None, embeds=None, cache=None, valid=None):
         """Last hidden states after the final norm (B, T, d), of token ids (B, T) or embeddings (B, T, d).
 
-        Without `cache`, or on a new one: one causal pass at positions 0..T-1; `valid` (B, T), if given,
-        marks right-padding, which no valid position can see. Later passes on the same cache add T
-        columns to the tail; `valid` says in which rows each column counts (default: all)."""
+        Without `cache`, or on a new one: one causal pass at positions 0..T-1; `valid` (B, T) marks what is no
+        right-padding, which no valid position can see. Later passes on the same cache add T columns to the tail;
+        `valid` says in which rows each column counts. Default: all."""
         x = self.embed_tokens(tokens) if embeds is None else embeds
         B, T, _ = x.shape
-        if self.inv_freq.device != x.device:
-            self.inv_freq = self.inv_freq.to(x.device)
-        tail = cache is not None and cache.prefix is not None
-        # a GPU rather has few and large kernels
-        rows = Rows(B, T, valid, parts=1 if tail or self.compiled or x.is_cuda else 4)
-        if tail:
-            positions, past, bias = self._extend(cache, rows, valid, x)
-        else:
-            positions = torch.arange(T, device=x.device).expand(B, T)
-        x = rows.pack(x)
-        angles = rows.pack(positions)[:, None, None].float() * self.inv_freq
-        angles = torch.cat((angles, angles), dim=-1)           # (N, 1, D)
-        rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        kv = []
-        for i, layer in enumerate(self.layers if tail or not self.compiled else self.compiled):
-            args = (x, rows, rope, past[i], bias, cache.held) if tail else (x, rows, rope)
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x, layer_kv = checkpoint(layer, *args, use_reentrant=False)
-            else:
-                x, layer_kv = layer(*args)
-            kv.append(layer_kv)
-        if tail:
-            cache.tail = kv
-        elif cache is not None:
-            self._start(cache, kv, rows, valid, x)
-        return rows.unpack(self.norm(x))
-
-    def _start(self, cache, kv, rows, valid, x):
-        cache.prefix = [tuple(rows.unpack(t).transpose(1, 2).contiguous() for t in layer) for layer in kv]
-        cache.next_position = torch.full((rows.B,), rows.T, device=x.device)
-        if not rows.full:
-            cache.next_position = valid.sum(dim=1)
-            cache.prefix_bias = x.new_zeros(valid.shape).masked_fill_(~valid, -math.inf)[:, None, None, None, None]
-        if torch.is_grad_enabled() and x.requires_grad:
-            linears = (m for m in self.layers.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad)
-            cache.held = {m: HeldLinear(m) for m in linears} or None
-
-    @staticmethod
-    def _extend(cache, rows, valid, x):
-        """Positions (B, T) of T new columns, per-layer past, and the bias: built once a pass, not in every layer."""
-        B, T, G = rows.B, rows.T, cache.group
-        Q = B // G
         if valid is None:
             valid = torch.ones(B, T, dtype=torch.bool, device=x.device)
-        positions = (cache.next_position[:, None] + valid.cumsum(dim=1) - 1).clamp_(min=0)
-        cache.next_position = cache.next_position + valid.sum(dim=1)
-        k = cache.prefix[0][0]
-        if cache.tail is None:
-            empty = k.new_empty(Q, k.shape[1], G, 0, k.shape[3])
-            cache.tail, cache.valid = [(empty, empty)] * len(cache.prefix), valid
+        cache = KVCache(0) if cache is None else cache
+        starts = cache.prefix is None
+        if starts:
+            positions, past = torch.arange(T, device=x.device)[None], [None] * len(self.layers)
+            cache.weights = [layer.weights(product_dtype(x)) for layer in self.layers]
         else:
-            cache.valid = torch.cat((cache.valid, valid), dim=1)
-        N = cache.valid.shape[1]
-        seen = cache.valid[:, None] & torch.ones(T, N, dtype=torch.bool, device=x.device).tril(N - T)
-        bias = x.new_zeros(B, T, N).masked_fill_(~seen, -math.inf).view(Q, 1, G, 1, T, N)
-        prefix = x.new_zeros(()) if cache.prefix_bias is None else cache.prefix_bias
-        bias = torch.cat((prefix.expand(Q, 1, G, 1, T, k.shape[2]), bias), dim=-1)
-        return positions, [(*p, *t, N - T) for p, t in zip(cache.prefix, cache.tail)], bias
+            positions, columns, bias = cache.extend(valid, x.dtype)
+            past = [(*prefix, *tail, columns, bias) for prefix, tail in zip(cache.prefix, cache.tail)]
+        rope, kv = self.rope(positions, x), []
+        # a wide pass keeps much for backward and is cheap to repeat; of single positions the reverse is true
+        repeat = self.activation_checkpointing and T > 1 and torch.is_grad_enabled()
+        for layer, weights, seen in zip(self.layers, cache.weights, past):
+            if repeat:
+                x, layer_kv = checkpoint(self.run_block, layer, x, rope, weights, seen, use_reentrant=False)
+            else:
+                x, layer_kv = self.run_block(layer, x, rope, weights, seen)
+            kv.append(layer_kv)
+        if not starts:
+            cache.tail = kv
+        elif cache.size:
+            cache.start(kv, valid, x.dtype)
+        return self.norm(x)
+
+    def rope(self, positions, x):
+        """Cosines and sines of positions (B, T), each (B, T, 1, D), in x's dtype and on its device."""
+        if self.inv_freq.device != x.device:
+            self.inv_freq = self.inv_freq.to(x.device)
+        angles = positions[..., None, None].float() * self.inv_freq
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
     @torch.no_grad()
     def add_tokens(self, ids, like=None):
-        """Rows `ids` become copies of row `like`, or of the mean row; the vocabulary grows where they lie beyond it."""
+        """Rows `ids` become copies of row `like`, or of the mean row. The vocabulary grows where they lie beyond."""
         size = max(self.config.vocab_size, *(i + 1 for i in ids))
         for module in filter(None, (self.embed_tokens, self.lm_head)):
             w = module.weight
@@ -511,14 +375,14 @@ class LLaMA(nn.Module):
     # --- checkpoints: Hugging Face's layout and names ---
 
     def disk_parts(self):
-        """{name in a Hugging Face file: the tensor, without gradient}: what is one matrix here is several there."""
+        """{name in a Hugging Face file: the tensor, without gradient}. What is one matrix here is several there."""
+        split = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
         parts = {}
         for name, p in self.named_parameters():
             owner, _, leaf = name.removesuffix(".weight").rpartition(".")
-            split = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}.get(leaf)
             prefix = "" if leaf == "lm_head" else f"model.{owner}." if owner else "model."
-            sizes = [len(p)] if split is None else self.get_submodule(owner).sizes
-            for part, rows in zip(split or [leaf], p.detach().split(sizes)):
+            sizes = self.get_submodule(owner).sizes if leaf in split else len(p)
+            for part, rows in zip(split.get(leaf, [leaf]), p.detach().split(sizes)):
                 parts[f"{prefix}{part}.weight"] = rows
         return parts
 
@@ -526,39 +390,32 @@ class LLaMA(nn.Module):
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
         """Read config.json and model.safetensors (or the shards of model.safetensors.index.json).
 
-        Peak memory is the model in `dtype` and a buffer of some MB. FileNotFoundError where a file is missing,
-        ValueError naming file and key where it is not a LLaMA that this code can run; both before anything is
-        allocated."""
+        Peak memory is the model in `dtype` and one part of a tensor. FileNotFoundError where a file is missing.
+        ValueError names file and key where it is not a LLaMA that this code can run, before anything is read."""
         path = Path(path)
-        file = path / "config.json"
+        files = tensor_files(path)
+        raw = read_json(path / "config.json")
         try:
-            config = LLaMAConfig.from_dict(read_json(file))
-        except (ValueError, TypeError) as e:
-            raise ValueError(f"{file}: {str(e).removeprefix(f'{file}: ')}") from None
-        index = tensor_index(path)
-        if config.num_hidden_layers > len(index):  # or millions of modules would be built, only to find them missing
-            raise ValueError(f"{file}: num_hidden_layers is {config.num_hidden_layers}, "
-                             f"but there are only {len(index)} tensors")
-        with torch.device("meta"):
-            model = cls(config)
-        model.inv_freq = rope_frequencies(config)  # the one tensor that is no parameter
-        wanted = model.disk_parts()
-        for name, p in wanted.items():
-            if name not in index:
-                raise ValueError(f"{path}: tensor {name} is missing")
-            file, shape, kind, _ = index[name]
-            if shape != tuple(p.shape):
-                raise ValueError(f"{file}: tensor {name} has shape {short(shape)}, config.json says {tuple(p.shape)}")
-            if kind not in FLOATS:
-                raise ValueError(f"{file}: tensor {name} has dtype {kind}, not a plain float")
-        # a tied checkpoint may hold the output matrix twice; old ones hold rotary tables
-        spare = {n for n in index.keys() - wanted.keys() if n != "lm_head.weight" and "rotary_emb" not in n}
-        if spare:
-            raise ValueError(f"{index[min(spare)][0]}: tensor {repr(min(spare))[:200]} is not part of this architecture")
+            config = LLaMAConfig.from_dict(raw)
+            if config.num_hidden_layers > len(files):  # or millions of modules would be built
+                raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}: more than there are tensors")
+            with torch.device("meta"):
+                model = cls(config)
+            model.inv_freq = rope_frequencies(config)  # the one tensor that is no parameter
+        except (ValueError, TypeError, RuntimeError, OverflowError) as e:
+            raise ValueError(f"{path / 'config.json'}: {one_line(e)}") from None
+        check_tensors(files, model.disk_parts(), path)
         model = model.to(dtype).to_empty(device=device)
-        for name, out in model.disk_parts().items():
-            file, _, kind, start = index[name]
-            read_tensor(file, FLOATS[kind], start, out)
+        parts = model.disk_parts()
+        if "lm_head.weight" in files and model.lm_head is None:  # a tied model may hold its table twice
+            parts["lm_head.weight"] = None
+        for name, out in parts.items():
+            for rows, part in read_tensor(*files[name]):
+                if out is not None:
+                    out[rows] = part
+                elif not torch.equal(parts["model.embed_tokens.weight"][rows], part.to(device, dtype)):
+                    raise ValueError(f"{files[name][0]}: lm_head.weight differs from model.embed_tokens.weight, though "
+                                     "config.json ties them (set tie_word_embeddings to false)")
         return model
 
     def save_pretrained(self, path):
@@ -569,7 +426,11 @@ class LLaMA(nn.Module):
         write_json(path / "config.json", self.config.to_dict())
 
 
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # on disk
+# --- files ---
+
+def one_line(error):
+    """What an error says, printable and short: it may quote a hostile file."""
+    return str(error).encode("unicode_escape").decode()[:300]
 
 
 def read_json(file):
@@ -579,7 +440,7 @@ def read_json(file):
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{file}: no such file") from None
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{file}: not valid JSON ({e})") from None
+        raise ValueError(f"{file}: not valid JSON ({one_line(e)})") from None
 
 
 def write_json(file, value):
@@ -590,73 +451,79 @@ def write_json(file, value):
 
 
 def save_tensors(tensors, file):
+    """Write {name: tensor}. OSError where the disk is full."""
     try:
         save_file({n: t.detach().contiguous() for n, t in tensors.items()}, file, metadata={"format": "pt"})
-    except SafetensorError as e:  # how the library says that the disk is full
+    except SafetensorError as e:
         raise OSError(f"{file}: {e}") from None
     with open(file, "rb+") as f:
         os.fsync(f.fileno())
 
 
-def tensor_index(path):
-    """{tensor name: (file, shape, dtype name, first byte's place)} of a directory's model.safetensors or of shards."""
+def tensor_files(path):
+    """{tensor name: (file, name in the file, shape, dtype name)} of a folder's model.safetensors or of its shards."""
     whole, table = path / "model.safetensors", path / "model.safetensors.index.json"
-    if whole.exists():
-        files = {None: whole}
-    elif table.exists():
-        weight_map = read_json(table)
-        weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
+    shards = {None: whole}
+    if whole.exists() and table.exists():
+        print(f"note: {path}: model.safetensors is read, and the shards of {table.name} are not", file=sys.stderr)
+    if not whole.exists():
+        if not table.exists():
+            raise FileNotFoundError(f"{path}: neither model.safetensors nor {table.name} is there")
+        raw = read_json(table)
+        weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
         if not isinstance(weight_map, dict) or not all(isinstance(s, str) for s in weight_map.values()):
             raise ValueError(f"{table}: key 'weight_map' must map tensor names to file names")
         for shard in weight_map.values():
-            # the name comes from a file: it must not lead out of the directory
-            odd = "/" in shard or "\\" in shard or not shard.isprintable() or shard in ("", ".", "..")
-            if odd or len(shard) > 255:
-                raise ValueError(f"{table}: shard name {short(shard)} is not a plain file name in this directory")
-        files = {shard: path / shard for shard in sorted(set(weight_map.values()))}
-    else:
-        raise FileNotFoundError(f"{path}: neither model.safetensors nor model.safetensors.index.json is there")
-    index = {}
-    for shard, file in files.items():
-        for name, entry in tensor_headers(file).items():
+            # the name comes from a file: it must not lead out of the folder
+            if not shard.isprintable() or "/" in shard or "\\" in shard or shard in ("", ".", "..") or len(shard) > 255:
+                raise ValueError(f"{table}: shard name {short(shard)} is not a plain file name in this folder")
+        shards = {shard: path / shard for shard in sorted(set(weight_map.values()))}
+    found = {}
+    for shard, file in shards.items():
+        for name, (shape, dtype) in tensor_headers(file).items():
             if shard is None or weight_map.get(name) == shard:
-                index[name] = (file, *entry)
-    if None not in files:
-        for name, shard in weight_map.items():
-            if name not in index:
-                raise ValueError(f"{files[shard]}: tensor {repr(name)[:200]} is not in it, though {table.name} says so")
-    return index
+                found[name.removeprefix("_orig_mod.")] = file, name, shape, dtype  # a compiled model has the prefix
+    if None not in shards:
+        lost = [name for name in weight_map if name.removeprefix("_orig_mod.") not in found]
+        if lost:
+            raise ValueError(f"{shards[weight_map[lost[0]]]}: tensor {short(lost[0])} is not in it, though {table.name} "
+                             "says so")
+    return found
 
 
 def tensor_headers(file):
-    """{tensor name: (shape, dtype name, place of its first byte)}, reading only the file's header."""
+    """{tensor name: (shape, dtype name)}. ValueError where it is no safetensors file."""
     try:
-        with safe_open(file, framework="pt"):  # the library holds the header against the file
-            pass
-        with open(file, "rb") as f:
-            size = int.from_bytes(f.read(8), "little")
-            header = json.loads(f.read(size))
+        with safe_open(file, framework="pt") as f:
+            parts = {name: f.get_slice(name) for name in f.keys()}
+            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: no such file") from None
     except (SafetensorError, OSError) as e:
-        said = str(e).encode("unicode_escape").decode()[:300]  # it quotes the file
-        raise ValueError(f"{file}: not a readable safetensors file ({said})") from None
-    header.pop("__metadata__", None)
-    return {name: (tuple(e["shape"]), e["dtype"], 8 + size + e["data_offsets"][0]) for name, e in header.items()}
+        raise ValueError(f"{file}: not a readable safetensors file ({one_line(e)})") from None
 
 
-def read_tensor(file, dtype, start, out, chunk=2**22):
-    """Fill a contiguous `out` from the numbers of `dtype` that begin at byte `start` of a file.
+def check_tensors(files, wanted, path):
+    """ValueError unless the files hold just the tensors wanted, {name: tensor}, in plain floats."""
+    for name, p in wanted.items():
+        if name not in files:
+            raise ValueError(f"{path}: tensor {name} is missing")
+        file, _, shape, dtype = files[name]
+        if shape != tuple(p.shape):
+            raise ValueError(f"{file}: tensor {name} has shape {short(shape)}, config.json says {tuple(p.shape)}")
+        if dtype not in ("F64", "F32", "F16", "BF16"):
+            raise ValueError(f"{file}: tensor {name} has dtype {dtype}, not a plain float")
+    # a tied checkpoint may hold the output matrix twice, and old ones hold rotary tables
+    spare = [n for n in files.keys() - wanted.keys() if n != "lm_head.weight" and "rotary_emb" not in n]
+    if spare:
+        raise ValueError(f"{files[min(spare)][0]}: tensor {short(min(spare))} is not part of this architecture")
 
-    They are read straight into it, or, where it has another dtype or is on another device, in parts of `chunk` elements
-    through one buffer: new memory is slow, and a file mapped whole would count as the process's own."""
-    straight = out.dtype == dtype and out.device.type == "cpu"
-    buffer = None if straight else torch.empty(min(chunk, out.numel()), dtype=dtype)
-    with open(file, "rb", buffering=0) as f:
-        f.seek(start)
-        for part in out.view(-1).split(chunk):
-            raw = part if straight else buffer[:len(part)]
-            if f.readinto(raw.view(torch.uint8).numpy()) < raw.nbytes:
-                raise ValueError(f"{file}: it ends before its tensors do")
-            if not straight:
-                part.copy_(raw)
+
+def read_tensor(file, name, shape, dtype):
+    """Parts of a tensor, as (rows of it, their numbers). The file is opened anew for each part: its pages count as
+    memory of the process for as long as it is open."""
+    rows = max(1, 2**24 // max(1, math.prod(shape[1:])))
+    for start in range(0, shape[0], rows):
+        part = slice(start, start + rows)
+        with safe_open(file, framework="pt") as f:
+            yield part, f.get_slice(name)[part]

@@ -17,12 +17,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from reprlib import repr as short
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
 
-from model import FLOATS, LLaMA, KVCache, first, read_json, save_tensors, tensor_headers, write_json
+from model import KVCache, LLaMA, check_tensors, first, read_json, save_tensors, tensor_headers, write_json
 
 METHODS = {  # paper, section 4: the baselines are parts switched off
     "atp":     dict(latent=True, head=True, vae=True, stop=True, decode=True),
@@ -32,6 +34,8 @@ METHODS = {  # paper, section 4: the baselines are parts switched off
     "nocot":   dict(latent=False, head=False, vae=False, stop=False, decode=False),
 }
 START, END = "<|start-latent|>", "<|end-latent|>"
+SFT_NOISE, RL_NOISE, RL_ORDER, WEIGHTS = range(4)  # streams of random numbers of a seed
+MAX_LOGITS = {"cpu": 2**23, "cuda": 2**28}  # logits that lie in memory at once
 
 
 @dataclass
@@ -42,20 +46,22 @@ class LatentConfig:
     vae: bool     # z is sampled and there is a KL term, else z = mu
     stop: bool    # a stop head ends the plan, else every question gets max_steps steps
     decode: bool  # a decoder must write each step from its latents
-    thoughts_per_step: int
-    max_steps: int
-    start_id: int  # <|start-latent|>
-    end_id: int    # <|end-latent|>
+    thoughts_per_step: int  # c
+    max_steps: int          # K
+    start_id: int    # <|start-latent|>
+    end_id: int      # <|end-latent|>
     eos_id: int
+    vocab_size: int  # ids that the tokenizer has: the weights may have more rows, which are never sampled
 
     def __post_init__(self):
         for f in fields(self):
             value = getattr(self, f.name)
-            if type(value) is not {"bool": bool, "int": int, "str": str}[getattr(f.type, "__name__", f.type)]:
-                raise ValueError(f"{f.name} is {short(value)}")
-        if self.method not in METHODS or self.thoughts_per_step < 1 or self.max_steps < 1:
-            raise ValueError(f"method {short(self.method)}, thoughts_per_step {self.thoughts_per_step}, "
-                             f"max_steps {self.max_steps}")
+            if type(value) is not f.type:
+                raise ValueError(f"{f.name} must be of type {f.type.__name__}, not {short(value)}")
+        if self.method not in METHODS:
+            raise ValueError(f"method {short(self.method)} is not one of {', '.join(METHODS)}")
+        if self.thoughts_per_step < 1 or self.max_steps < 1:
+            raise ValueError("thoughts_per_step and max_steps must be at least 1")
         if self.vae > self.head or max(self.head, self.stop, self.decode) > self.latent:
             raise ValueError("vae needs head; head, stop and decode need latent")
 
@@ -74,10 +80,6 @@ class LatentHead(nn.Module):
         super().__init__()
         self.trunk = nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.Linear(d, d), nn.LayerNorm(d))
         self.mu, self.logvar = nn.Linear(d, d), nn.Linear(d, d)
-        # start nearly deterministic, so that the chain of latents can be learned at all; the KL term then
-        # widens sigma as far as the other losses bear it
-        nn.init.zeros_(self.logvar.weight)
-        nn.init.constant_(self.logvar.bias, 2 * math.log(0.1))
 
     def forward(self, h):
         h = self.trunk(h)
@@ -90,13 +92,8 @@ def precise(x):
 
 
 def gaussian_logp(z, mu, logvar):
-    """log N(z; mu, exp(logvar)) summed over the last dimension."""
+    """log N(z; mu, exp(logvar)), summed over the last dimension."""
     return -0.5 * ((z - mu) ** 2 * torch.exp(-logvar) + logvar + math.log(2 * math.pi)).sum(dim=-1)
-
-
-def widened(logvar, temperature):
-    """log variance of what is sampled with `temperature` times sigma (0: greedy, of which there is no density)."""
-    return logvar + 2 * math.log(temperature or 1)
 
 
 def gaussian_kl(mu, logvar):
@@ -104,97 +101,131 @@ def gaussian_kl(mu, logvar):
     return 0.5 * (mu**2 + logvar.exp() - logvar - 1).mean(dim=-1)
 
 
+def last(h, valid):
+    """Hidden state (B, d) at the last valid position of each right-padded row of h (B, T, d)."""
+    return h[torch.arange(len(h), device=h.device), valid.sum(dim=1) - 1]
+
+
 def pad(rows, value=0):
-    """Right-padded int64 tensor (B, T) of lists of ids, and its bool mask of what is no padding."""
-    width = max(1, max(map(len, rows)))
-    out = torch.tensor([r + [value] * (width - len(r)) for r in rows])
-    return out, first(torch.tensor([len(r) for r in rows]), width)
+    """Lists of ids -> a right-padded int64 tensor (B, T), and the bool mask of what is no padding."""
+    width = max([1, *map(len, rows)])
+    ids = torch.tensor([row + [value] * (width - len(row)) for row in rows], dtype=torch.long).view(-1, width)
+    return ids, first(torch.tensor([len(row) for row in rows], dtype=torch.long), width)
 
 
-# --- batches ---
+def generator(*ids):
+    """A CPU generator of random numbers that depends on the numbers given and on nothing else."""
+    seed = np.random.SeedSequence(ids).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed >> 1))
+
+
+def device_of(name):
+    """The device that --device names: auto, cpu or cuda. ValueError where there is no GPU."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this torch sees no GPU")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def moved(record, device):
+    """A dataclass with its tensors on `device`."""
+    move = lambda v: v.to(device, non_blocking=True) if torch.is_tensor(v) else v
+    return type(record)(**{f.name: move(getattr(record, f.name)) for f in fields(record)})
+
+
+# --- batches of the supervised stage ---
 
 @dataclass
 class Batch:
-    """One micro-batch of the supervised stage. Every weight is that of a term in the loss of the global
-    batch, so that losses and gradients of micro-batches and processes add up to it."""
+    """One micro-batch. A weight is that of a term in the loss of the global batch, so that the losses and gradients
+    of micro-batches and processes add up. Places are known here, on the CPU: a GPU is never asked for them."""
 
     prefix: torch.Tensor         # (B, S) question and <|start-latent|>; text methods: question and text
     prefix_valid: torch.Tensor   # (B, S) bool
     text: torch.Tensor           # (B, T) <|end-latent|>, remaining steps, answer; text methods: = prefix
-    text_valid: torch.Tensor     # (B, T)
-    targets: torch.Tensor        # (B, T) next token, -100 where none is asked for
-    token_weight: float          # 1 / target tokens of the global batch
+    text_valid: torch.Tensor     # (B, T) bool
+    answer_at: torch.Tensor      # (M,) places in the flat (B * T) where a token is asked for
+    answer: torch.Tensor         # (M,) that token
+    answer_weight: torch.Tensor  # (M,)
     steps: torch.Tensor          # (B,) latent steps
-    max_steps: int               # of the batch
-    step_weight: torch.Tensor    # (B, N) 1 / (steps of the row x examples of the global batch), 0 past its steps
-    stop_targets: torch.Tensor   # (B, N + 1) 0 continue, 1 stop
-    stop_weight: torch.Tensor    # (B, N + 1) likewise
-    decode: torch.Tensor         # (M, U) text of every latent step of the batch
-    decode_index: tuple          # (M,) row, (M,) step
-    decode_weight: torch.Tensor  # (M, U) weight of writing that token
-    noise: torch.Tensor | None = None  # (B, N, c, d) of the latents
-
-    def to(self, device):
-        move = lambda v: v.to(device, non_blocking=True) if torch.is_tensor(v) else v
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: tuple(map(move, v)) if isinstance(v, tuple) else move(v) for k, v in values.items()})
+    max_steps: int               # their maximum, N
+    step_weight: torch.Tensor    # (B, N)
+    stop_target: torch.Tensor    # (B, N + 1) 0 continue, 1 stop
+    stop_weight: torch.Tensor    # (B, N + 1)
+    decode: torch.Tensor         # (P, U) text of the latent steps, <eos> included
+    decode_valid: torch.Tensor   # (P, U) bool
+    decode_row: torch.Tensor     # (P,) whose step it is
+    decode_step: torch.Tensor    # (P,) which step
+    decode_at: torch.Tensor      # (L,) places in the flat (P * U) that hold a token
+    decode_weight: torch.Tensor  # (L,)
+    noise: torch.Tensor | None = None  # (B, N or N + 1, c, d) of the latents
 
 
 def remaining_text(example, config, stage):
     """Token ids after the latents: the steps that are still text, and the answer."""
-    n = config.latent_steps(example, stage)
+    done = config.method == "nocot" or (config.latent and stage >= config.max_steps)
     # where all allowed steps are latent, the last one stands for all the rest
-    rest = [] if config.method == "nocot" or (config.latent and stage >= config.max_steps) else example.steps[n:]
-    return [t for step in rest for t in step] + example.answer
+    steps = [] if done else example.steps[config.latent_steps(example, stage):]
+    return [token for step in steps for token in step] + example.answer
 
 
-def target_tokens(examples, config, stage):
-    return sum(len(remaining_text(e, config, stage)) for e in examples)
+def decoded_texts(example, config, n):
+    """What each of the n latent steps of an example must decode to, as token ids with <eos>. The last allowed step
+    stands for all the rest. An idle step, beyond those of the example, decodes the answer (SIM-CoT's code)."""
+    texts = []
+    for k in range(n):
+        steps = example.steps[k:] if k == config.max_steps - 1 else example.steps[k:k + 1]
+        words = [token for step in steps for token in step]
+        texts.append(words + [config.eos_id] if words else example.answer)
+    return texts
 
 
 def collate(examples, config, stage, noise=None, total_examples=None, total_tokens=None):
-    """A Batch of data.Encoded examples at curriculum stage `stage` (0: all text). `noise` (B, K, c, d).
-    total_*: of the global batch of which this is a part (default: it is the whole)."""
-    examples = list(examples)
+    """A Batch of data.Encoded examples at curriculum stage `stage` (0: all text). noise: (B, K, c, d).
+    total_*: of the global batch of which this is a part. Default: it is the whole."""
     B = total_examples or len(examples)
-    n = [config.latent_steps(e, stage) for e in examples]
-    N = max(n)
+    steps = [config.latent_steps(e, stage) for e in examples]
+    N = max(steps)
     rest = [remaining_text(e, config, stage) for e in examples]
     if N:
         prefix, prefix_valid = pad([e.question + [config.start_id] for e in examples])
         text, text_valid = pad([[config.end_id] + r[:-1] for r in rest])
-        targets, _ = pad(rest, -100)
+        before = [0] * len(examples)  # positions of the text that predict no token of it
     else:
         prefix, prefix_valid = pad([e.question + r[:-1] for e, r in zip(examples, rest)])
         text, text_valid = prefix, prefix_valid
-        targets, _ = pad([[-100] * (len(e.question) - 1) + r for e, r in zip(examples, rest)], -100)
-    steps = torch.tensor(n)
-    k = torch.arange(N + 1)
-    step_weight = (k[:N] < steps[:, None]) / steps[:, None].clamp(min=1) / B
-    ends = torch.tensor([m == len(e.steps) and m < config.max_steps for m, e in zip(n, examples)])
-    asked = (k < steps[:, None]) | ((k == steps[:, None]) & ends[:, None])
-    stop_weight = asked / asked.sum(1, keepdim=True).clamp(min=1) / B
-    # what each latent step must decode to; latents beyond the example's steps (no stop head) stand for nothing
-    rows, index, texts, weights = [], [], [], []
-    for row, (e, m) in enumerate(zip(examples, n)):
-        m = min(m, len(e.steps))
-        for i in range(m):
-            last = i == config.max_steps - 1
-            rows.append(row)
-            index.append(i)
-            texts.append([t for s in e.steps[i:None if last else i + 1] for t in s] + [config.eos_id])
-            weights.append(1 / (len(texts[-1]) * m * B))
-    decode, decode_valid = (t[:len(texts)] for t in pad(texts or [[]]))
-    return Batch(prefix, prefix_valid, text, text_valid, targets, 1 / (total_tokens or sum(map(len, rest))),
-                 steps, N, step_weight, (k == steps[:, None]).long(), stop_weight, decode,
-                 (torch.tensor(rows, dtype=torch.long), torch.tensor(index, dtype=torch.long)),
-                 decode_valid * torch.tensor(weights)[:, None],
-                 None if noise is None else noise[:, :N + 1])
+        before = [len(e.question) - 1 for e in examples]
+    width = text.shape[1]
+    answer_at = [row * width + before[row] + i for row, r in enumerate(rest) for i in range(len(r))]
+    answer = [token for r in rest for token in r]
+    n, k = torch.tensor(steps)[:, None], torch.arange(N + 1)
+    step_weight = (k[:N] < n) / n.clamp(min=1) / B
+    # a stop is asked for after the last step of the example, if the plan has room for another
+    ends = torch.tensor([m == len(e.steps) and m < config.max_steps for m, e in zip(steps, examples)])
+    asked = (k < n) | ((k == n) & ends[:, None])
+    stop_weight = asked / asked.sum(dim=1, keepdim=True).clamp(min=1) / B
+    texts = [decoded_texts(e, config, m) if config.decode else [] for e, m in zip(examples, steps)]
+    flat = [(row, i, t) for row, mine in enumerate(texts) for i, t in enumerate(mine)]
+    decode, decode_valid = pad([t for _, _, t in flat])
+    U = decode.shape[1]
+    return Batch(
+        prefix, prefix_valid, text, text_valid, torch.tensor(answer_at), torch.tensor(answer),
+        torch.full((len(answer),), 1 / (total_tokens or len(answer))), n[:, 0], N, step_weight,
+        (k == n).long(), stop_weight, decode, decode_valid,
+        torch.tensor([row for row, _, _ in flat], dtype=torch.long),
+        torch.tensor([i for _, i, _ in flat], dtype=torch.long),
+        torch.tensor([p * U + i for p, (_, _, t) in enumerate(flat) for i in range(len(t))], dtype=torch.long),
+        # the log-likelihood of a step's whole text: summed over its tokens, mean over the example's steps
+        torch.tensor([1 / (steps[row] * B) for row, _, t in flat for _ in t]),
+        None if noise is None else noise[:, :N + 1])
 
+
+# --- rollouts ---
 
 @dataclass
 class Noise:
-    """All randomness of a set of rollouts. It is drawn for the global batch and cut by rows, so that
+    """All randomness of a set of rollouts. It is drawn on the CPU for the global batch and cut by rows, so that
     samples depend neither on the number of processes nor on how the batch is split."""
 
     latent: torch.Tensor  # (B, K, c, d) standard normal
@@ -207,30 +238,35 @@ class Noise:
         return cls(torch.randn(rows, K, c, d, generator=generator), torch.rand(rows, K, generator=generator),
                    torch.rand(rows, max_tokens, generator=generator))
 
+    @classmethod
+    def cat(cls, noises):
+        return cls(*(torch.cat([getattr(n, f.name) for n in noises]) for f in fields(cls)))
+
     def __getitem__(self, rows):
         return Noise(self.latent[rows], self.stop[rows], self.answer[rows])
 
-    def to(self, device):
-        return Noise(self.latent.to(device), self.stop.to(device), self.answer.to(device))
-
 
 @dataclass
-class Thought:
-    """A batch of latent plans of up to N steps. Rows: 0 .. steps - 1 of N are theirs."""
+class Plan:
+    """Latent plans of up to N steps. Of row b, steps 0 .. steps[b] - 1 count."""
 
     z: torch.Tensor            # (B, N, c, d) as fed to the policy
-    mu: torch.Tensor           # (B, N, c, d)
-    logvar: torch.Tensor | None
+    mu: torch.Tensor | None    # (B, N, c, d)
+    logvar: torch.Tensor | None  # (B, N, c, d), None where z is not sampled
     steps: torch.Tensor        # (B,)
+    stopped: torch.Tensor      # (B,) bool: chose to stop. False: ran into the limit
     stop_logits: torch.Tensor | None  # (B, N + 1, 2) at the first latent of each step, and of the next
     stop_z: torch.Tensor | None  # (B, d) the dropped latent at which the row stopped
-    stopped: torch.Tensor      # (B,) bool: chose to stop (False: ran into the limit)
+
+    @property
+    def used(self):
+        """(B, N) bool: the steps that count."""
+        return first(self.steps, self.z.shape[1])
 
 
 @dataclass
 class Rollout:
-    """Questions, each answered by `group` rows; row b answers question b // group. Log-probabilities are
-    those under which the row was sampled, 0 where there is nothing to choose; a greedy one has none of its tokens."""
+    """Questions, each answered by `group` rows. Row b answers question b // group."""
 
     prefix: torch.Tensor        # (Q, S)
     prefix_valid: torch.Tensor  # (Q, S)
@@ -239,96 +275,75 @@ class Rollout:
     steps: torch.Tensor         # (B,)
     stopped: torch.Tensor       # (B,) bool
     stop_z: torch.Tensor | None  # (B, d)
-    tokens: torch.Tensor        # (B, A) answer tokens with <eos> where it came
+    eps: torch.Tensor | None    # (B, K, c, d): z = mu + sigma eps
+    sigma: torch.Tensor | None  # (B,) mean over the latents of a row
+    tokens: torch.Tensor        # (B, A) answer tokens, with <eos> where it came
     lengths: torch.Tensor       # (B,) of `tokens`
-    latent_logp: torch.Tensor | None  # (B, N, c)
-    stop_logp: torch.Tensor | None    # (B, N + 1): continue at steps 0 .. steps - 1, stop at `steps`
-    token_logp: torch.Tensor | None  # (B, A)
-    eps: torch.Tensor | None    # (B, K, c, d) what its latents were drawn with: z = mu + sigma eps
-    sigma: float = 0.0          # mean over the latents used
 
-    def rows(self, index):
-        """The rollouts of rows `index` (whole groups or equal parts of each group, in order)."""
-        questions, counts = torch.unique_consecutive(index // self.group, return_counts=True)
-        group = int(counts[0])
-        assert bool((counts == group).all())
+    def part(self, questions, members):
+        """The rollouts of some members (list) of the groups of some questions (list)."""
+        device = self.tokens.device
+        rows = torch.tensor([q * self.group + g for q in questions for g in members], device=device)
+        questions = torch.tensor(questions, device=device)
         cut = {f.name: getattr(self, f.name) for f in fields(self)}
         for name, v in cut.items():
             if torch.is_tensor(v):
-                cut[name] = v[questions if name.startswith("prefix") else index]
-        return Rollout(**{**cut, "group": group})
-
-    def record(self, terms):
-        """Take these log-probabilities (rl.Terms) for those under which the rows were sampled."""
-        self.latent_logp, self.stop_logp, self.token_logp = (v if v is None else v.detach() for v in terms[:3])
+                cut[name] = v[questions if name.startswith("prefix") else rows]
+        return Rollout(**{**cut, "group": len(members)})
 
 
-def generate(model, h, cache, eos_id, max_tokens, uniform=None, temperature=1.0):
-    """Continue every row of a batch from its last hidden state h (B, d) until <eos> or max_tokens.
+def sample(logits, uniform=None, temperature=1.0):
+    """Token ids (B,) of logits (B, V): the likeliest, or by inverse transform sampling with uniform (B,)."""
+    if uniform is None or not temperature:
+        return logits.argmax(dim=-1)
+    cdf = (precise(logits) / temperature).softmax(dim=-1).cumsum(dim=-1)
+    token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)
+    return token.clamp(max=logits.shape[1] - 1).squeeze(1)
 
-    Greedy, or by inverse transform sampling with `uniform` (B, max_tokens). Returns tokens (B, A), lengths (B,) with
-    <eos> counted, and the log-probabilities of what was sampled (B, A), 0 past the end; None where greedy."""
-    B, device = len(h), h.device
-    tokens = torch.zeros(B, max_tokens, dtype=torch.long, device=device)
-    logps = None if uniform is None else torch.zeros(B, max_tokens, device=device, dtype=precise(h[:0]).dtype)
-    lengths, rows = torch.zeros(B, dtype=torch.long, device=device), torch.arange(B, device=device)
+
+def generate(model, h, cache, config, max_tokens, uniform=None, temperature=1.0):
+    """Continue every row of a batch from its last hidden state h (B, d) until an end or max_tokens. With
+    uniform (B, max_tokens) tokens are sampled. Returns tokens (B, A) and lengths (B,), the end counted."""
+    eos = model.config.eos_token_id
+    ends = torch.tensor([config.eos_id, *(eos if isinstance(eos, list) else [])], device=h.device)
+    weight = model.output_weight().to(h.dtype)
+    alive = torch.ones(len(h), dtype=torch.bool, device=h.device)
+    tokens, lengths = [], torch.zeros(len(h), dtype=torch.long, device=h.device)
     for i in range(max_tokens):
-        logits = model.logits(h[rows])  # of the rows that still write
-        if uniform is None:
-            token = logits.argmax(dim=-1)
-        else:
-            logits = precise(logits) / temperature
-            top = logits.amax(dim=-1, keepdim=True)
-            cdf = (logits - top).exp_().cumsum(dim=-1)
-            total = cdf[:, -1:]
-            token = torch.searchsorted(cdf, uniform[rows, i:i + 1] * total, right=True).clamp_(max=cdf.shape[1] - 1)
-            logps[rows, i] = (logits.gather(1, token) - top - total.log()).squeeze(1)
-            token = token.squeeze(1)
-        tokens[rows, i] = token
-        lengths[rows] += 1
-        rows = rows[token != eos_id]
-        if i + 1 == max_tokens or not len(rows):
+        logits = F.linear(h, weight)[:, :config.vocab_size]
+        token = sample(logits, None if uniform is None else uniform[:, i], temperature)
+        tokens.append(token * alive)
+        lengths = lengths + alive
+        alive = alive & (token[:, None] != ends).all(dim=1)
+        if i + 1 == max_tokens or not alive.any():
             break
-        alive = torch.zeros(B, 1, dtype=torch.bool, device=device).index_fill_(0, rows, True)
-        h = model.hidden(tokens[:, i:i + 1], cache=cache, valid=alive)[:, 0]
-    return tokens[:, :i + 1], lengths, None if logps is None else logps[:, :i + 1]
+        h = model.hidden(token[:, None], cache=cache, valid=alive[:, None])[:, 0]
+    return torch.stack(tokens, dim=1), lengths
 
 
-LOGITS = 2**23  # that lie in memory at once
+def text_loss(model, h, targets, weights):
+    """sum_i w_i CE(logits of h_i, target_i) of h (M, d), targets and w (M,). Some rows at a time, and computed again
+    in backward: logits over a whole vocabulary never lie in memory at once."""
+    def part(h, targets, weights):
+        losses = F.cross_entropy(precise(model.logits(h)), targets, reduction="none")
+        return losses @ weights.to(losses.dtype)
+
+    rows = max(1, MAX_LOGITS[h.device.type] // model.config.vocab_size)
+    if len(h) <= rows:
+        return part(h, targets, weights)
+    parts = zip(h.split(rows), targets.split(rows), weights.split(rows))
+    return sum(checkpoint(part, *p, use_reentrant=False) for p in parts)
 
 
-class LinearCrossEntropy(torch.autograd.Function):
-    """sum_i w_i CE(weight h_i, target_i) of h (N, d), targets and w (N,), some rows at a time: logits over a whole
-    vocabulary never lie in memory at once. The result is one number, so its gradients are known, up to a factor, as
-    soon as it is. (torch.nn.functional.linear_cross_entropy does this too, but weighs no rows.)"""
+def stop_places(steps, stopped, width):
+    """Bool mask (B, width) of the step at which a row chose to stop: `steps`, or none."""
+    return (torch.arange(width, device=steps.device) == steps[:, None]) & stopped[:, None]
 
-    @staticmethod
-    def forward(ctx, h, weight, targets, w):
-        device = h.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
-        need = h.requires_grad or weight.requires_grad
-        grad_h = torch.empty_like(h) if need else None
-        grad_weight = torch.zeros_like(weight) if weight.requires_grad else None
-        total, cast = precise(h.new_zeros(())), weight.to(dtype)
-        rows = max(1, LOGITS // len(weight))
-        with torch.autocast(device, enabled=False):
-            for start in range(0, len(h), rows):
-                part = slice(start, start + rows)
-                x, t, share = h[part].to(dtype), targets[part, None], w[part, None]
-                logp = precise(x @ cast.t()).log_softmax(dim=-1)
-                total -= (logp.gather(1, t) * share).sum()
-                if need:
-                    grad = logp.exp_().scatter_add_(1, t, -torch.ones_like(t, dtype=logp.dtype)).mul_(share).to(dtype)
-                    grad_h[part] = grad @ cast
-                    if grad_weight is not None:
-                        grad_weight.addmm_(grad.t().to(weight.dtype), x.to(weight.dtype))
-        ctx.save_for_backward(grad_h, grad_weight)
-        return total
 
-    @staticmethod
-    def backward(ctx, g):
-        grad_h, grad_weight = ctx.saved_tensors
-        return grad_h * g, None if grad_weight is None else grad_weight.mul_(g), None, None
+def stop_terms(stop_logits, steps, stopped):
+    """log p of each stop decision taken (B, N): continue at steps 0 .. steps - 1, stop at `steps` where chosen."""
+    N, logp = stop_logits.shape[1], F.log_softmax(stop_logits, dim=-1)
+    return logp[..., 0] * first(steps, N) + logp[..., 1] * stop_places(steps, stopped, N)
 
 
 # --- the model ---
@@ -337,17 +352,24 @@ class LatentReasoner(nn.Module):
     """Policy, latent head, stop head and decoder. forward(Batch) gives the parts of the supervised loss."""
 
     def __init__(self, policy, config, decoder=None):
-        """decoder: default, if config.decode asks for one, a copy of the policy. ValueError: the plan has no room."""
+        """decoder: by default, if config.decode asks for one, a copy of the policy. ValueError: no room for a plan."""
         super().__init__()
         latents, context = config.thoughts_per_step * config.max_steps, policy.config.max_position_embeddings
         if config.latent and latents >= context:
-            raise ValueError(f"thoughts_per_step times max_steps is {latents}: no room in a context of {context} positions")
+            raise ValueError(f"thoughts_per_step times max_steps is {latents}: no room in a context of {context}")
         self.config = config
         self.policy = policy
         d = policy.config.hidden_size
         self.decoder = copy.deepcopy(policy) if config.decode and decoder is None else decoder
         self.latent_head = LatentHead(d) if config.head else None
         self.stop_head = nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.Linear(d, 2)) if config.stop else None
+
+    @property
+    def device(self):
+        return self.policy.embed_tokens.weight.device
+
+    def llamas(self):
+        return [llama for llama in (self.policy, self.decoder) if llama is not None]
 
     def set_trainable(self, stage):
         """Only what gets a gradient requires one. stage: the curriculum's, or "rl" (the decoder is frozen)."""
@@ -360,222 +382,260 @@ class LatentReasoner(nn.Module):
             self.latent_head.logvar.requires_grad_(False)  # nothing is sampled
 
     def reconfigured(self, config):
-        """This model with the parts that another LatentConfig asks for, and the names of those that are new: what it
-        has, it keeps (trained heads, say, where the decoder is left out)."""
+        """This model with the parts that another LatentConfig asks for, and the names of those that are new."""
         model, new = LatentReasoner(self.policy, config, self.decoder if config.decode else None), []
         for name in ("latent_head", "stop_head", "decoder"):
-            if getattr(model, name) is not None:
-                if getattr(self, name) is None:
-                    new.append(name)
-                else:
-                    setattr(model, name, getattr(self, name))
+            if getattr(model, name) is None:
+                continue
+            if getattr(self, name) is None:
+                new.append(name)
+            else:
+                setattr(model, name, getattr(self, name))
         return model, new
 
-    def copy_decoder(self):
-        """The decoder starts as a copy of the (warmed up) policy."""
-        if self.decoder is not None:
-            self.decoder.load_state_dict(self.policy.state_dict())
-
     def latent(self, h):
-        """mu, logvar (.., d) of the latent that follows hidden state h; logvar None where z is not sampled."""
+        """mu, logvar (.., d) of the latent after hidden state h. logvar is None where z is not sampled."""
         if self.latent_head is None:
             return h, None
         mu, logvar = self.latent_head(h)
         return mu, logvar if self.config.vae else None
 
     def draw(self, h, eps):
-        """z, mu, logvar (B, d) of the latent after hidden state h; eps (B, d), or None for z = mu."""
+        """z, mu, logvar (B, d) of the latent after hidden state h. eps (B, d), or None for z = mu."""
         mu, logvar = self.latent(h)
-        return mu if logvar is None or eps is None else mu + torch.exp(0.5 * logvar) * eps, mu, logvar
+        z = mu if logvar is None or eps is None else mu + torch.exp(0.5 * logvar) * eps
+        return z, mu, logvar
 
     def think(self, h, cache, steps=None, max_steps=None, eps=None, uniform=None):
-        """The chain of latents, one position at a time, from h (B, d) at <|start-latent|>.
+        """The chain of latents, one position at a time, from h (B, d) at <|start-latent|>. Returns a Plan.
 
-        steps (B,) with its maximum `max_steps` as a number: how many steps each row gets (training), else
-        the stop head decides (a fixed number without one). eps (B, K, c, d): noise of the latents, None: z = mu.
-        uniform (B, K): samples the stop decisions, None: stop where p(stop) > 1/2."""
-        K, c, dtype = self.config.max_steps, self.config.thoughts_per_step, self.policy.embed_tokens.weight.dtype
-        decide = steps is None and self.stop_head is not None
-        if steps is None and not decide:
-            steps, max_steps = torch.full((len(h),), K, device=h.device), K
-        zs, mus, logvars, stop_logits, lives = [], [], [], [], []
+        steps (B,) with their maximum `max_steps`: how many each row gets (training). Else the stop head decides, or
+        every row gets K without one. eps (B, K, c, d): noise of the latents. None: z = mu. uniform (B, K): samples the
+        stops. None: a row stops where p(stop) > 1/2."""
+        config, dtype = self.config, self.policy.embed_tokens.weight.dtype
+        decides = steps is None and config.stop
+        limit = config.max_steps if max_steps is None else max_steps
+        latents, stop_logits = [], []  # of each position: z, mu, logvar; of each step: logits
         alive = torch.ones(len(h), dtype=torch.bool, device=h.device)
-        stopped, stop_z = torch.zeros_like(alive), torch.zeros_like(precise(h))
-        for k in range(K if self.stop_head is not None else max_steps):
-            z, mu, logvar = self.draw(h, None if eps is None else eps[:, k, 0])
-            if self.stop_head is not None:
-                stop_logits.append(precise(self.stop_head(z.to(dtype))))
-            if decide:
+        taken, stopped = torch.zeros(len(h), dtype=torch.long, device=h.device), torch.zeros_like(alive)
+        stop_z = torch.zeros_like(precise(h)) if config.stop else None
+        # where the stop head is trained, it also looks at the first latent after the last step
+        for k in range(limit + (config.stop and limit < config.max_steps)):
+            drawn = self.draw(h, None if eps is None else eps[:, k, 0])
+            if config.stop:
+                stop_logits.append(precise(self.stop_head(drawn[0].to(dtype))))
+            if decides:
                 p = stop_logits[-1].softmax(dim=-1)[:, 1]
                 stop = alive & (p > (0.5 if uniform is None else uniform[:, k]))
-                stopped, stop_z = stopped | stop, torch.where(stop[:, None], precise(z), stop_z)
+                stopped, stop_z = stopped | stop, torch.where(stop[:, None], precise(drawn[0]), stop_z)
                 alive = alive & ~stop
-                if not bool(alive.any()):
+                if not alive.any():
                     break
-            else:
+            elif k == limit:
+                break
+            elif steps is not None:
                 alive = k < steps
-                if k == max_steps:  # this latent was only there for the stop head to look at
-                    break
-            lives.append(alive)
-            for j in range(c):
+            taken = taken + alive
+            for j in range(config.thoughts_per_step):
                 if j > 0:
-                    z, mu, logvar = self.draw(h, None if eps is None else eps[:, k, j])
-                zs.append(z)
-                mus.append(mu)
-                logvars.append(logvar)
-                h = self.policy.hidden(embeds=z.to(dtype)[:, None], cache=cache, valid=alive[:, None])[:, 0]
-        N = len(lives)
-        none = h.new_zeros(len(h), 0, c, h.shape[1])
-        stack = lambda rows: torch.stack(rows, dim=1).unflatten(1, (N, c)) if N else none
-        if len(stop_logits) == N and N:
+                    drawn = self.draw(h, None if eps is None else eps[:, k, j])
+                latents.append(drawn)
+                h = self.policy.hidden(embeds=drawn[0].to(dtype)[:, None], cache=cache, valid=alive[:, None])[:, 0]
+        return self.plan(latents, stop_logits, taken, stopped, stop_z, h)
+
+    def plan(self, latents, stop_logits, taken, stopped, stop_z, h):
+        """The Plan of what `think` has drawn: per position z, mu, logvar (B, d), per step stop logits (B, 2)."""
+        c, d = self.config.thoughts_per_step, h.shape[-1]
+        stack = lambda rows: torch.stack(rows, dim=1).unflatten(1, (-1, c))                # (B, N, c, d)
+        if not latents:
+            empty = h.new_zeros(len(h), 0, c, d)
+            z, mu, logvar = empty, empty, empty
+        else:
+            z, mu, logvar = (None if rows[0] is None else stack(rows) for rows in zip(*latents))
+        if stop_logits and len(stop_logits) * c == len(latents):
             stop_logits.append(torch.zeros_like(stop_logits[0]))  # nothing was decided there
-        return Thought(stack(zs), stack(mus), stack(logvars) if self.config.vae else None,
-                       sum(live.long() for live in lives) if N else torch.zeros_like(alive, dtype=torch.long),
-                       torch.stack(stop_logits, dim=1) if stop_logits else None,
-                       stop_z if self.stop_head is not None else None, stopped)
+        logits = torch.stack(stop_logits, dim=1) if stop_logits else None                  # (B, N + 1, 2)
+        return Plan(z, mu, logvar if self.config.vae else None, taken, stopped, logits, stop_z)
 
     def forward(self, batch):
-        """Loss parts of a Batch (paper, section 3.2): answer, decode, stop, kl. Each is this micro-batch's share
-        of the global batch's mean. Gradients flow through the whole chain of latents."""
-        losses = {}
+        """Loss parts of a Batch (paper, section 3.2): answer, decode, stop, kl. Each is this micro-batch's share of
+        the global batch's mean. Gradients flow through the whole chain of latents."""
+        losses, policy = {}, self.policy
         if batch.max_steps == 0:
-            h = self.policy.hidden(batch.prefix, valid=batch.prefix_valid)
+            h = policy.hidden(batch.prefix, valid=batch.prefix_valid)
         else:
-            cache = KVCache()
+            width = batch.text.shape[1]
+            cache = KVCache(batch.max_steps * self.config.thoughts_per_step + width)
             # one look-up, since the gradient of each is as large as the table
-            embeds = self.policy.embed_tokens(torch.cat((batch.prefix, batch.text), dim=1))
-            prefix, text = embeds.split((batch.prefix.shape[1], batch.text.shape[1]), dim=1)
-            h = self.policy.hidden(embeds=prefix, cache=cache, valid=batch.prefix_valid)
-            thought = self.think(last(h, batch.prefix_valid), cache, batch.steps, batch.max_steps, batch.noise)
-            h = self.policy.hidden(embeds=text, cache=cache, valid=batch.text_valid)
-            if self.stop_head is not None:
-                ce = F.cross_entropy(thought.stop_logits.flatten(0, 1), batch.stop_targets.flatten(), reduction="none")
-                losses["stop"] = (ce * batch.stop_weight.flatten()).sum()
-            if thought.logvar is not None:
-                losses["kl"] = (gaussian_kl(thought.mu, thought.logvar).mean(dim=2) * batch.step_weight).sum()
+            embeds = policy.embed_tokens(torch.cat((batch.prefix, batch.text), dim=1))
+            prefix, text = embeds.split((batch.prefix.shape[1], width), dim=1)
+            h = policy.hidden(embeds=prefix, cache=cache, valid=batch.prefix_valid)
+            plan = self.think(last(h, batch.prefix_valid), cache, batch.steps, batch.max_steps, batch.noise)
+            h = policy.hidden(embeds=text, cache=cache, valid=batch.text_valid)
+            if self.config.stop:
+                ce = F.cross_entropy(plan.stop_logits.transpose(1, 2), batch.stop_target, reduction="none")
+                losses["stop"] = (ce * batch.stop_weight).sum()
+            if plan.logvar is not None:
+                losses["kl"] = (gaussian_kl(plan.mu, plan.logvar).mean(dim=2) * batch.step_weight).sum()
             if self.decoder is not None:
-                losses["decode"] = self.decode_loss(thought.z, batch)
-        at = batch.targets >= 0  # the vocabulary only where a token is asked for
-        weight = torch.full((int(at.sum()),), batch.token_weight, device=h.device)
-        losses["answer"] = LinearCrossEntropy.apply(h[at], self.policy.output_weight, batch.targets[at], weight)
+                losses["decode"] = self.decode_loss(plan.z, batch)
+        h = h.flatten(0, 1).index_select(0, batch.answer_at)  # the vocabulary only where a token is asked for
+        losses["answer"] = text_loss(policy, h, batch.answer, batch.answer_weight)
         return losses
 
     def decode_loss(self, z, batch):
-        """Cross-entropy of each step's text given its latents, all steps of the batch in one pass."""
-        embed = self.decoder.embed_tokens
-        inputs = torch.cat((z[batch.decode_index].to(embed.weight.dtype), embed(batch.decode[:, :-1])), dim=1)
-        at = batch.decode_weight > 0
-        valid = F.pad(at[:, :-1], (z.shape[2], 0), value=True)  # the latents, and all words but the last
-        h = self.decoder.hidden(embeds=inputs, valid=valid)[:, z.shape[2] - 1:]
-        return LinearCrossEntropy.apply(h[at], self.decoder.output_weight, batch.decode[at], batch.decode_weight[at])
+        """The decoder's log-likelihood of each step's text, given its latents: all steps in one pass."""
+        embed, c = self.decoder.embed_tokens, z.shape[2]
+        latents = z[batch.decode_row, batch.decode_step].to(embed.weight.dtype)             # (P, c, d)
+        inputs = torch.cat((latents, embed(batch.decode[:, :-1])), dim=1)
+        valid = F.pad(batch.decode_valid[:, 1:], (c, 0), value=True)  # all words but the last are read
+        h = self.decoder.hidden(embeds=inputs, valid=valid)[:, c - 1:].flatten(0, 1)
+        h = h.index_select(0, batch.decode_at)
+        targets = batch.decode.flatten().index_select(0, batch.decode_at)
+        return text_loss(self.decoder, h, targets, batch.decode_weight)
 
     @torch.no_grad()
     def rollout(self, questions, group=1, noise=None, max_tokens=16, temperature=1.0, latent_temperature=1.0):
-        """Answer each question (lists of ids as in data.Encoded) `group` times, batched and KV-cached; the question
-        is read once for its whole group. noise: a Noise for Q x group rows; None: greedy (z = mu, stop where
-        p(stop) > 1/2, argmax; paper, section 4). temperature: of sampled answer tokens, 0: argmax. latent_temperature:
-        times sigma. Text methods write their chain of thought: raise max_tokens."""
-        device = self.policy.embed_tokens.weight.device
-        start = [self.config.start_id] if self.config.latent else []
+        """Answer each question (lists of ids as in data.Encoded) `group` times. The question is read once for its
+        whole group. noise: a Noise for Q x group rows. None: greedy (z = mu, stop where p(stop) > 1/2, argmax; paper,
+        section 4). temperature: of answer tokens, 0: argmax. latent_temperature: times sigma. Text methods write
+        their chain of thought: raise max_tokens."""
+        config, device = self.config, self.device
+        start = [config.start_id] if config.latent else []
         prefix, valid = (t.to(device) for t in pad([q + start for q in questions]))
-        noise = noise and noise.to(device)
+        noise = noise and moved(noise, device)
         eps = noise and noise.latent * latent_temperature
-        cache = KVCache()
+        latents = config.max_steps * config.thoughts_per_step + 1 if config.latent else 0
+        cache = KVCache(latents + max_tokens, group)
         h = last(self.policy.hidden(prefix, cache=cache, valid=valid), valid).repeat_interleave(group, dim=0)
-        cache.expand(group)
-        B, c = len(h), self.config.thoughts_per_step
-        if self.config.latent:
-            t = self.think(h, cache, eps=eps, uniform=noise and noise.stop)
-            end = torch.full((B, 1), self.config.end_id, device=device)
+        if config.latent:
+            plan = self.think(h, cache, eps=eps, uniform=noise and noise.stop)
+            end = torch.full((len(h), 1), config.end_id, device=device)
             h = self.policy.hidden(end, cache=cache)[:, 0]
         else:
-            none = torch.zeros(B, dtype=torch.long, device=device)
-            t = Thought(h.new_zeros(B, 0, c, h.shape[1]), None, None, none, None, None, none.bool())
-        tokens, lengths, token_logp = generate(self.policy, h, cache, self.config.eos_id, max_tokens,
-                                               noise.answer if noise and temperature else None, temperature)
-        used = first(t.steps, t.z.shape[1])
-        latent_logp = stop_logp = None
-        sigma = 0.0
-        if t.logvar is not None:
-            latent_logp = gaussian_logp(t.z, t.mu, widened(t.logvar, latent_temperature)) * used[..., None]
-            sigma = float((t.logvar * 0.5).exp()[used].mean()) if bool(used.any()) else 0.0
-        if t.stop_logits is not None:
-            stop_logp = stop_terms(t.stop_logits, t.steps, t.stopped)
-        return Rollout(prefix, valid, group, precise(t.z), t.steps, t.stopped, t.stop_z, tokens, lengths, latent_logp,
-                       stop_logp, token_logp, eps, sigma)
+            none = torch.zeros(len(h), dtype=torch.long, device=device)
+            plan = self.plan([], [], none, none.bool(), None, h)
+        tokens, lengths = generate(self.policy, h, cache, config, max_tokens, noise and noise.answer, temperature)
+        sigma = None
+        if plan.logvar is not None and plan.logvar.numel():
+            of_step = (plan.logvar * 0.5).exp().mean(dim=(2, 3)) * plan.used
+            sigma = of_step.sum(dim=1) / plan.steps.clamp(min=1)
+        return Rollout(prefix, valid, group, precise(plan.z), plan.steps, plan.stopped, plan.stop_z, eps, sigma,
+                       tokens, lengths)
+
+    # --- in words ---
 
     @torch.no_grad()
     def decode_steps(self, z, steps, max_tokens=16, rows=512):
-        """Token ids, per row and step, of what the latents z (B, N, c, d) say in words (greedy); all used
-        steps of the batch go through the decoder together (`rows` at a time, which bounds memory)."""
-        used = first(steps, z.shape[1])
-        flat, out = z[used].to(self.decoder.embed_tokens.weight.dtype), []
-        for part in flat.split(rows) if len(flat) else ():
-            cache = KVCache()
+        """Token ids, per row and step, of what the latents z (B, N, c, d) say in words (greedy). All used steps of
+        the batch go through the decoder together, `rows` at a time to bound memory."""
+        steps = steps.tolist()
+        places = [b * z.shape[1] + k for b, n in enumerate(steps) for k in range(n)]
+        flat, words = z.flatten(0, 1)[torch.tensor(places, dtype=torch.long, device=z.device)], []
+        for part in flat.to(self.decoder.embed_tokens.weight.dtype).split(rows) if places else ():
+            cache = KVCache(max_tokens)
             h = self.decoder.hidden(embeds=part, cache=cache)[:, -1]
-            tokens, lengths, _ = generate(self.decoder, h, cache, self.config.eos_id, max_tokens)
-            out += [t[:n] for t, n in zip(tokens.tolist(), lengths.tolist())]
-        flat = iter([t[:-1] if t and t[-1] == self.config.eos_id else t for t in out])
-        return [[next(flat) for _ in range(n)] for n in steps.tolist()]
+            tokens, lengths = generate(self.decoder, h, cache, self.config, max_tokens)
+            words += [self.without_end(t[:n])[0] for t, n in zip(tokens.tolist(), lengths.tolist())]
+        words = iter(words)
+        return [[next(words) for _ in range(n)] for n in steps]
+
+    def without_end(self, ids):
+        """Token ids without the end that closes them, and whether one did."""
+        eos = self.policy.config.eos_token_id
+        ends = {self.config.eos_id, *(eos if isinstance(eos, list) else [])}
+        ended = bool(ids) and ids[-1] in ends
+        return (ids[:-1] if ended else ids), ended
+
+    def plan_texts(self, z, steps, tokenizer):
+        """Per row of z (B, N, c, d), of which `steps` (B,) count, what each latent step says in words."""
+        return [[tokenizer.decode(step).strip() for step in row] for row in self.decode_steps(z, steps)]
+
+    def answer_texts(self, rollout, tokenizer):
+        """Text of each row's answer without the end, and whether one closed it."""
+        rows = zip(rollout.tokens.tolist(), rollout.lengths.tolist())
+        answers = [self.without_end(tokens[:n]) for tokens, n in rows]
+        return [tokenizer.decode(ids) for ids, _ in answers], [ended for _, ended in answers]
 
     # --- checkpoints: a Hugging Face LLaMA, with the decoder and the heads beside it ---
+
+    def heads(self):
+        """{name: tensor} of the latent head and the stop head."""
+        return {n: p for n, p in self.state_dict().items() if not n.startswith(("policy.", "decoder."))}
 
     def save_pretrained(self, path):
         path = Path(path)
         self.policy.save_pretrained(path)
         if self.decoder is not None:
             self.decoder.save_pretrained(path / "decoder")
-        heads = {n: p for n, p in self.state_dict().items() if not n.startswith(("policy.", "decoder."))}
-        if heads:
-            save_tensors(heads, path / "heads.safetensors")
+        if self.heads():
+            save_tensors(self.heads(), path / "heads.safetensors")
         write_json(path / "latent.json", asdict(self.config))
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu", decode=True):
-        """A directory written by save_pretrained; decode=False leaves its decoder out. ValueError, FileNotFoundError: see
-        LLaMA.from_pretrained."""
+        """A folder that save_pretrained wrote. decode=False leaves its decoder out. ValueError, FileNotFoundError:
+        see LLaMA.from_pretrained."""
         path = Path(path)
-        file = path / "latent.json"
-        raw = read_json(file)
-        if not isinstance(raw, dict):
-            raise ValueError(f"{file}: not the configuration of a latent reasoner")
-        wrong = sorted(set(raw) ^ {f.name for f in fields(LatentConfig)})
-        if wrong:
-            raise ValueError(f"{file}: key {short(wrong[0])} is {'unknown' if wrong[0] in raw else 'missing'}")
+        file, raw = path / "latent.json", read_json(path / "latent.json")
+        names = {f.name for f in fields(LatentConfig)}
+        if not isinstance(raw, dict) or set(raw) != names:
+            raise ValueError(f"{file}: it must be a JSON object with the keys {', '.join(sorted(names))}")
+        policy = LLaMA.from_pretrained(path, dtype, device)
         try:
             config = LatentConfig(**raw)
+            if not all(0 <= i < config.vocab_size for i in (config.start_id, config.end_id, config.eos_id)):
+                raise ValueError("a token id is outside the vocabulary")
+            if config.vocab_size > policy.config.vocab_size:
+                raise ValueError(f"vocab_size is {config.vocab_size}, but the weights have rows for "
+                                 f"{policy.config.vocab_size}")
             config.decode &= decode
-        except ValueError as e:
-            raise ValueError(f"{file}: {e}") from None
-        policy = LLaMA.from_pretrained(path, dtype, device)
-        if not all(0 <= i < policy.config.vocab_size for i in (config.start_id, config.end_id, config.eos_id)):
-            raise ValueError(f"{file}: a token id is outside the vocabulary")
-        decoder = LLaMA.from_pretrained(path / "decoder", dtype, device) if config.decode else None
-        try:
+            decoder = LLaMA.from_pretrained(path / "decoder", dtype, device) if config.decode else None
+            if decoder is not None and decoder.embed_tokens.weight.shape != policy.embed_tokens.weight.shape:
+                raise ValueError("the decoder's embeddings are not of the policy's shape")
             model = cls(policy, config, decoder).to(device, dtype)
         except ValueError as e:
-            raise ValueError(f"{file}: {e}") from None
-        file = path / "heads.safetensors"
-        own = {n: p for n, p in model.state_dict().items() if not n.startswith(("policy.", "decoder."))}
-        if own:
-            found = {n: (shape, kind in FLOATS) for n, (shape, kind, _) in tensor_headers(file).items()}
-            if found != {n: (tuple(p.shape), True) for n, p in own.items()}:
-                raise ValueError(f"{file}: its tensors are not the heads that {path / 'latent.json'} asks for")
+            raise ValueError(str(e) if str(path) in str(e) else f"{file}: {e}") from None
+        if model.heads():
+            file = path / "heads.safetensors"
+            check_tensors({n: (file, n, *v) for n, v in tensor_headers(file).items()}, model.heads(), file)
             model.load_state_dict(load_file(file), strict=False)
         return model
 
 
-def last(h, valid):
-    """Hidden state (B, d) at the last valid position of each right-padded row."""
-    return h[torch.arange(len(h), device=h.device), valid.sum(dim=1) - 1]
+def checkpoints(path):
+    """The newest checkpoint of every run in `path`: a checkpoint, a run's folder or a folder of runs. Of a run it is
+    that of the latest step: a copied folder has its files' times in any order. FileNotFoundError: there is none."""
+    path = Path(path)
+    if (path / "train.json").is_file() and (path / "latent.json").is_file():
+        return [path]
+    runs = {}
+    for file in sorted((*path.glob("step-*/train.json"), *path.glob("*/step-*/train.json"))):
+        runs[file.parent.parent] = file.parent
+    if not runs:
+        raise FileNotFoundError(f"{path}: no checkpoint there (make one with `python train.py`, or name one)")
+    return list(runs.values())
 
 
-def stop_places(steps, stopped, width):
-    """Bool mask (B, width) of the step at which a row chose to stop: `steps`, or none."""
-    return (torch.arange(width, device=steps.device) == steps[:, None]) & stopped[:, None]
+def find_checkpoint(path):
+    """The checkpoint of the run in `path` that was written last."""
+    return max(checkpoints(path), key=lambda ckpt: (ckpt / "train.json").stat().st_mtime)
 
 
-def stop_terms(stop_logits, steps, stopped):
-    """log p of each stop decision taken (B, N): continue at steps 0 .. steps - 1, stop at `steps` where chosen."""
-    N, logp = stop_logits.shape[1], F.log_softmax(stop_logits, dim=-1)
-    return logp[..., 0] * first(steps, N) + logp[..., 1] * stop_places(steps, stopped, N)
+def read_state(ckpt):
+    """What train.json says of a checkpoint: the configuration it was trained with, its step. ValueError without."""
+    file = Path(ckpt) / "train.json"
+    state = read_json(file)
+    config = state.get("config") if isinstance(state, dict) else None
+    if not isinstance(config, dict) or type(state.get("step")) is not int:
+        raise ValueError(f"{file}: keys 'config' and 'step' of a checkpoint are missing")
+    if not isinstance(config.get("method"), str) or type(config.get("seed")) is not int:
+        raise ValueError(f"{file}: config has no 'method' or no 'seed'")
+    return state
+
+
+def check_vocabulary(tokenizer, policy, path):
+    """ValueError where ids of the tokenizer have no row in the weights."""
+    if tokenizer.vocab_size > policy.config.vocab_size:
+        raise ValueError(f"{path}: its tokenizer has {tokenizer.vocab_size} ids, its weights have rows for "
+                         f"{policy.config.vocab_size}: they do not belong together")
