@@ -1,10 +1,10 @@
 """Questions, answers and tokens: answer check, readers, tokenizer, built-in task, encoding, downloads.
 
-    python data.py                      list the datasets and say which of them are here
-    python data.py gsm8k svamp          download them; every file is checked against a pinned SHA-256
-    python data.py all --from DIR       copy the files that DIR has, download the rest
+    python data.py                  list the datasets
+    python data.py gsm8k svamp      download these; each file must have its pinned SHA-256
+    python data.py all --from DIR   copy the files that DIR has, download the others
 
-Bad input raises ValueError or FileNotFoundError with one line that names the file and the line.
+Bad input is a ValueError or FileNotFoundError of one line that names the file and the line.
 """
 import argparse
 import base64
@@ -25,7 +25,6 @@ from pathlib import Path
 from reprlib import repr as short
 
 import tiktoken
-from tqdm import tqdm
 
 
 # --- examples and the answer check ---
@@ -34,16 +33,15 @@ from tqdm import tqdm
 class Example:
     question: str
     steps: tuple[str, ...]  # "<<48/2=24>>" each; () where the source gives none
-    answer: str             # a plain decimal number: "72", "-3.5"
-    id: str                 # "gsm8k_test.jsonl:17": file name and 1-based line (or item)
+    answer: str  # a plain decimal number: "72", "-3.5"
+    id: str  # file name and line (or item) from 1: "gsm8k_test.jsonl:17"
 
 
 MAX_NUMBER = 64  # characters; arithmetic on longer numbers is not free
-DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"  # commas only between thousands
+DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"
 NUMBER = re.compile(rf"([-+]?)\$?([-+]?)({DIGITS})%?\.?")
 ANSWER = re.compile(rf"(?:\*\*)?(?:\\boxed\{{)?([-+]?)(?:[$€£] ?)?([-+]?)({DIGITS})%?[*}}.,;:!?)]*(?!\S)")
-STEP = re.compile(r"<<[^<>\n]*>>")
-BRACKET = re.compile(r"<<([^<>=]*)=([^<>=]*)>>")
+STEP = re.compile(r"<<([^<>=\n]*)=([^<>=\n]*)>>")
 TERM = re.compile(rf"(?:^|//|[-+*/x×÷]) ?(?:[-+]? ?\( ?)*([-+]?) ?\$?({DIGITS})%?(?: ?\))* ?")
 
 
@@ -64,16 +62,16 @@ def format_number(number: Decimal) -> str:
 
 
 def numbers_equal(a: Decimal, b: Decimal) -> bool:
-    """Two integers must be equal; otherwise |a - b| < 1e-3, the tolerance of PAL's own GSM-Hard evaluation."""
+    """Two integers must be equal; otherwise |a - b| < 1e-3, as in PAL's evaluation of GSM-Hard."""
     if a == a.to_integral_value() and b == b.to_integral_value():
         return a == b
     return abs(a - b) < Decimal("0.001")
 
 
 def extract_answer(text: str) -> str | None:
-    """The number right after the last "###" (or GSM8K's "####"), in plain form so that equal answers vote together.
+    """The number after the LAST "###" (or GSM8K's "####") in plain form, so that equal answers vote together.
 
-    "### $ 72, in total", "### **72**" and "### \\boxed{72}" are "72"; "### 18 ### 5" is "5"; else None.
+    "### $ 72, in total" and "### \\boxed{72}" are "72", "### 18 ### 5" is "5". None where no number follows.
     """
     _, marker, rest = text.rpartition("###")
     match = ANSWER.match(rest.lstrip()[:2 * MAX_NUMBER].replace("−", "-")) if marker else None
@@ -98,27 +96,26 @@ def parse_step(text: str) -> tuple[list[Decimal], Decimal] | None:
 
     Several brackets give the operands of all and the result of the last.
     """
-    text, operands, result = " ".join(text.replace("−", "-").split()), [], None
-    if BRACKET.sub("", text).strip():
+    operands, result, text = [], None, " ".join(text.replace("−", "-").split())
+    if STEP.sub("", text).strip():
         return None
-    for expression, last in BRACKET.findall(text):
+    for expression, last in STEP.findall(text):
         result, depth, end = parse_number(last), 0, 0
         while depth >= 0 and (term := TERM.match(expression, end)):
             depth += term[0].count("(") - term[0].count(")")
             operands.append(parse_number(term[1] + term[2]))
             end = term.end()
-        if depth or end < len(expression) or not end or result is None or None in operands:
+        if depth or not end or end < len(expression) or result is None or None in operands:
             return None
     return None if result is None else (operands, result)
 
 
 # --- readers ---
 
-DATASETS = {  # name -> split -> file; GSM8K has no validation split, the last HELD_OUT training items serve
+DATASETS = {  # name -> split -> file; GSM8K's validation split is the last HELD_OUT training items
     "gsm8k": {"train": "gsm8k_train.jsonl", "test": "gsm8k_test.jsonl"},
     "gsm8k_aug": {split: f"gsm8k_aug_{split}.txt" for split in ("train", "valid", "test")},
-    "svamp": {"test": "svamp.json"},
-    "gsm_hard": {"test": "gsm_hard.jsonl"},
+    "svamp": {"test": "svamp.json"}, "gsm_hard": {"test": "gsm_hard.jsonl"},
     "multiarith": {"test": "multiarith.jsonl"},
 }
 HELD_OUT = 500
@@ -129,37 +126,40 @@ FORMS = [("question", "answer"), ("problem", "answer"), ("input", "target"),
 def load(name: str, split: str, data_dir: str | Path = "data") -> list[Example]:
     """The examples of one split ("train", "valid", "test") of a dataset, or of a file that `read_file` reads.
 
-    Of a user's file "test" is all of it; "valid" is the last 5 % (1 to 500 items) and "train" the rest. Bad items
-    for training are left out with a note, since language models wrote the field's training files.
+    Of a user's file "test" is all, "valid" the last 5 % (1 to 500 items), "train" the rest. Bad training items
+    are left out with a note: language models wrote the field's training files.
     """
     if name in BUILTIN:
         return builtin(name, split)
-    files = DATASETS.get(name)
-    if files is None and not Path(name).is_file():
+    is_own = name not in DATASETS
+    if is_own and not Path(name).is_file():
         raise ValueError(f"no dataset and no file '{name}'; datasets: {', '.join([*BUILTIN, *DATASETS])}")
-    splits = ["train", "valid", "test"] if files is None or "train" in files else list(files)
-    if split not in splits:
-        raise ValueError(f"{name} has no split '{split}'; it has {', '.join(splits)}")
-    path = Path(data_dir) / files.get(split, files.get("train")) if files else Path(name)
+    files = {"train": name, "test": name} if is_own else DATASETS[name]
+    if split not in files and (split, "train" in files) != ("valid", True):
+        raise ValueError(f"{name} has no split '{split}'")
+    path = Path("" if is_own else data_dir) / files.get(split, files.get("train"))
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not here; run `python data.py {name} --data_dir {data_dir}`")
     examples = read_file(path, skip_bad=split != "test")
-    if split == "test" or files and "valid" in files:
+    if split == "test" or "valid" in files:
         return examples
-    held_out = HELD_OUT if files else max(1, min(HELD_OUT, len(examples) // 20))
+    held_out = max(1, min(HELD_OUT, len(examples) // 20)) if is_own else HELD_OUT
     if len(examples) <= held_out:
         raise ValueError(f"{name} has {len(examples)} items; holding {held_out} out for 'valid' leaves none")
     return examples[-held_out:] if split == "valid" else examples[:-held_out]
 
 
 def read_file(path: str | Path, skip_bad: bool = False) -> list[Example]:
-    """The examples of a JSON array, JSON lines or text lines of the forms that `parse` knows.
+    """The examples of a JSON array, of JSON lines or of text lines in the forms that `parse` knows.
 
     Raises ValueError ("file:line: what is wrong") at the first bad item; with `skip_bad` a note counts them.
     """
     path, examples, bad = Path(path), [], []
     raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    items = _read_object(path, list) if raw.lstrip().startswith(b"[") else raw.split(b"\n")
+    try:
+        items = _json(raw) if raw.lstrip().startswith(b"[") else raw.split(b"\n")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     for number, item in enumerate(items, 1):
         if isinstance(item, bytes) and not item.strip():
             continue
@@ -179,12 +179,12 @@ def read_file(path: str | Path, skip_bad: bool = False) -> list[Example]:
 def parse(item) -> tuple[str, tuple[str, ...], str]:
     """A line, or an item of an array -> (question, steps, answer). ValueError if it has none of these forms:
 
-        question||<<48/2=24>> <<48+24=72>> #### 72                 GSM8K-Aug's lines of text
-        {"question", "answer": "... <<48/2=24>> ... #### 72"}      GSM8K
-        {"question", "steps": ["<<48/2=24>>", ...], "answer"}      Coconut, ATP-Latent
-        {"question", "cot": "<<48/2=24>> ...", "answer"}           GSM8K-Aug on model hubs
-        {"problem", "answer"}, {"input", "target"}                 the second: PAL's GSM-Hard and MultiArith
-        {"Body", "Question", "Equation", "Answer"}                 SVAMP
+        question||<<48/2=24>> <<48+24=72>> #### 72              GSM8K-Aug's lines of text
+        {"question", "answer": "... <<48/2=24>> ... #### 72"}   GSM8K
+        {"question", "steps": ["<<48/2=24>>", ...], "answer"}   Coconut, ATP-Latent
+        {"question", "cot": "<<48/2=24>> ...", "answer"}        GSM8K-Aug on model hubs
+        {"problem", "answer"} or {"input", "target"}            the latter: PAL's GSM-Hard and MultiArith
+        {"Body", "Question", "Equation", "Answer"}              SVAMP
     """
     if isinstance(item, bytes):
         line = item.decode().strip()
@@ -206,15 +206,14 @@ def parse(item) -> tuple[str, tuple[str, ...], str]:
         text, _, answer = answer.rpartition("####")
         solution = solution or text
     answer = _answer(answer)
-    if keys[0] == "Body":
-        question += ("" if question[-1] in ".?!" else ".") + " " + item["Question"].strip()  # as in PAL's copy
+    if keys[0] == "Body":  # as in PAL's copy
+        question += ("" if question[-1] in ".?!" else ".") + " " + item["Question"].strip()
         solution = "<<" + re.sub(r"\.0+(?![0-9])|\s+", "", item["Equation"]) + f"={answer}>>"
-        if parse_step(solution) is None:
-            raise ValueError(f"'Equation' is no arithmetic expression: {short(item['Equation'])}")
-    try:  # Coconut's files cut "<<5 * 3=15>>" at its blanks
-        steps = STEP.findall(" ".join(solution) if isinstance(solution, list) else solution)
-    except TypeError:
-        raise ValueError("'steps' must be a list of text, 'cot' text") from None
+    if isinstance(solution, list) and all(isinstance(step, str) for step in solution):
+        solution = " ".join(solution)  # Coconut's files cut "<<5 * 3=15>>" at its blanks
+    if not isinstance(solution, str):
+        raise ValueError("'steps' must be a list of text, 'cot' text")
+    steps = re.findall(r"<<[^<>\n]*>>", solution)
     "".join([question, *steps]).encode()  # a lone surrogate is a ValueError
     return question, tuple(steps), answer
 
@@ -238,156 +237,139 @@ def _json(text: str | bytes):
         raise ValueError(f"broken JSON ({error})") from None
 
 
-def _read_object(path: Path, kind: type = dict):
-    """The JSON object (or list) in a file; empty without the file."""
-    try:
-        value = _json(path.read_bytes().removeprefix(b"\xef\xbb\xbf")) if path.is_file() else kind()
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if not isinstance(value, kind):
-        raise ValueError(f"{path}: must hold a JSON {kind.__name__}")
-    return value
-
-
 # --- tokenizer ---
 
-# How text is cut into pieces before byte pairs are merged. The third is GPT-2's pattern for text that was first
-# cut at every digit: the last blank before a digit then stands alone, as it does at the end of a text.
-LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                  r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+# These cut text into pieces, within which byte pairs are merged. The third is GPT-2's on text that was first cut
+# at every digit: the last blank before a digit stands alone, as at the end of a text.
+LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+                  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 GPT2_PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGITS_PATTERN = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
-_RESERVED = [f"<|reserved_special_token_{i}|>" for i in range(247)]
-LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", *_RESERVED[:2], "<|finetune_right_pad_id|>",
-                  "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>",
-                  "<|python_tag|>", *_RESERVED[2:]]
-BOS_NAMES = ("<|begin_of_text|>",)
+_RESERVED = [f"reserved_special_token_{i}" for i in range(247)]
+LLAMA3_SPECIAL = [f"<|{name}|>" for name in [
+    "begin_of_text", "end_of_text", *_RESERVED[:2], "finetune_right_pad_id", "step_id", "start_header_id",
+    "end_header_id", "eom_id", "eot_id", "python_tag", *_RESERVED[2:]]]
 EOS_NAMES = ("<|end_of_text|>", "<|im_end|>", "<|endoftext|>", "<eos>")
 MAX_TEXT = 250_000  # characters; a run of millions of blanks overflows the stack of tiktoken's regex engine
 MAX_ID = 2**24
 # tokenizer.json writes each byte as one printable character, by GPT-2's table
 _printable = [b for b in range(256) if chr(b).isprintable() and b != 0x20]
-_order = _printable + [b for b in range(256) if b not in _printable]
-BYTE_TO_CHAR = {b: chr(b if b in _printable else 256 + i - len(_printable)) for i, b in enumerate(_order)}
+_others = [b for b in range(256) if b not in _printable]
+BYTE_TO_CHAR = {b: chr(b) for b in _printable} | {b: chr(256 + i) for i, b in enumerate(_others)}
 CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
 
 
 class Tokenizer:
     """A byte-level BPE tokenizer: tiktoken merges, with the file's own ids as ranks.
 
-    special: {name: id} of all special tokens; vocab_size: highest id + 1; bos_id, eos_id: int or None; end_ids:
-    eos_id and the special tokens in config.json's eos_token_id.
+    special: {name: id}; vocab_size: highest id + 1; bos_id, eos_id: int or None; end_ids: eos_id and the
+    special tokens among config.json's eos_token_id.
     """
 
-    def __init__(self, tokens: dict[bytes, int], special: dict[str, int], pattern: str, source: tuple[str, bytes]):
-        """tokens: {bytes: id}, lower ids merge first; source: (relative name, content) of the file read."""
-        # tiktoken needs every byte; those that the vocabulary lacks get ids that encode_ordinary drops
-        lacking = {bytes([b]): MAX_ID + b for b in range(256) if bytes([b]) not in tokens}
-        self._bpe = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=tokens | lacking, special_tokens={})
-        self._bytes = {id: token for token, id in tokens.items()}
-        self._source, self._added, self._config_ends = source, {}, []
+    def __init__(self, tokens: dict[bytes, int], special: dict[str, int], pattern: str, source):
+        """tokens: {bytes: id}, where lower ids merge first; source: relative name and content of the file."""
+        self._source, self._added, self._ends = source, {}, []
         self.special, self.bos_id, self.eos_id = {}, None, None
+        self._bytes = {id: token for token, id in tokens.items()}
+        if len(self._bytes) < len(tokens) or not all(map(_is_id, self._bytes)):
+            raise ValueError("ids are doubled, or no integers below 2**24")
+        # tiktoken needs every byte; those that the vocabulary lacks get ids that encode_ordinary drops
+        ranks = {bytes([b]): MAX_ID + b for b in range(256)} | tokens
+        self._bpe = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         self._register(special)
 
     def _register(self, special: dict[str, int]):
-        self.special |= special
-        self._bytes |= {id: name.encode() for name, id in special.items()}
+        for name, id in special.items():
+            is_known = name in self.special or id in self._bytes
+            if is_known or not name or not name.isprintable() or not _is_id(id):
+                raise ValueError(f"special token {short(name)}: its name or its id {short(id)} does not fit")
+            self.special[name], self._bytes[id] = id, name.encode()
         self.vocab_size = max(self._bytes) + 1
         longest_first = sorted(self.special, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
-        first = lambda names: next((self.special[name] for name in names if name in self.special), None)
-        self.bos_id = first(BOS_NAMES) if self.bos_id is None else self.bos_id
-        self.eos_id = first(EOS_NAMES) if self.eos_id is None else self.eos_id
+        if self.bos_id is None:
+            self.bos_id = self.special.get("<|begin_of_text|>")
+        if self.eos_id is None:
+            self.eos_id = next((self.special[name] for name in EOS_NAMES if name in self.special), None)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "Tokenizer":
-        """Read original/tokenizer.model, tokenizer.model (Llama 3's format) or tokenizer.json, the first there is,
-        then added_tokens.json.
+        """Read [original/]tokenizer.model (Llama 3's format), else tokenizer.json; and added_tokens.json.
 
         eos is tokenizer_config.json's eos_token, else the first of config.json's eos_token_id, else one of
         EOS_NAMES; bos is tokenizer_config.json's bos_token, else <|begin_of_text|>.
         """
-        directory = Path(directory)
-        for name in ("original/tokenizer.model", "tokenizer.model", "tokenizer.json"):
-            if (directory / name).is_file():
-                break
-        else:
-            raise FileNotFoundError(f"{directory} has no tokenizer.json and no [original/]tokenizer.model; "
-                                    "give the folder of a downloaded model")
-        read = _read_tokenizer_json if name.endswith(".json") else _read_tokenizer_model
-        raw = (directory / name).read_bytes()
+        folder = Path(directory)
+        names = ("original/tokenizer.model", "tokenizer.model", "tokenizer.json")
+        file = next((name for name in names if (folder / name).is_file()), None)
+        if file is None:
+            raise FileNotFoundError(f"{folder} is no folder of a model: it has none of {', '.join(names)}")
+        raw = (folder / file).read_bytes()
+        read = lambda: _json((folder / file).read_bytes()) if (folder / file).is_file() else {}
         try:
-            self = cls(*read(raw), (name, raw))
+            parts = _read_tokenizer_json(raw) if file.endswith(".json") else _read_tokenizer_model(raw)
+            self = cls(*parts, (file, raw))
+            file = "added_tokens.json"
+            self._added = {name: id for name, id in read().items() if self.special.get(name) != id}
+            self._register(self._added)
+            file = "tokenizer_config.json"
+            stated = {key: read().get(key) for key in ("bos_token", "eos_token") if read().get(key)}
+            for key, value in stated.items():
+                name = value["content"] if isinstance(value, dict) else value
+                setattr(self, key.replace("token", "id"), self.token_id(name))
+            file = "config.json"
+            self._set_ends(read().get("eos_token_id"), "eos_token" in stated)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             reason = str(error) if isinstance(error, ValueError) else repr(error)
-            raise ValueError(f"{directory / name}: not a tokenizer like Llama 3's or SmolLM2's: "
-                             + " ".join(reason.split())) from None
-        for name, id in _read_object(directory / "added_tokens.json").items():
-            known = self.special.get(name) == id
-            if not known and (name in self.special or not _fits({name: id}) or id in self._bytes):
-                raise ValueError(f"{directory / 'added_tokens.json'}: {short(name)}: id {short(id)} does not fit "
-                                 "the tokenizer beside it")
-            if not known:
-                self._added[name] = id
-                self._register({name: id})
-        self._read_ends(directory / "tokenizer_config.json", directory / "config.json")
+            raise ValueError(f"{folder / file}: {' '.join(reason.split())}") from None
         return self
 
-    def _read_ends(self, path: Path, config: Path):
-        ends = _read_object(config).get("eos_token_id")
+    def _set_ends(self, ends, has_eos: bool):
         ends = [id for id in (ends if isinstance(ends, list) else [ends]) if type(id) is int]
-        self._config_ends = [id for id in ends if id in self.special.values()]
-        stated = _read_object(path)
-        names = {key: stated.get(key) for key in ("bos_token", "eos_token")}
-        for key, name in names.items():
-            name = name.get("content") if isinstance(name, dict) else name
-            if name is not None and not (isinstance(name, str) and name in self.special):
-                raise ValueError(f"{path}: {key} {short(name)} is no special token of {self._source[0]}")
-            if name is not None:
-                setattr(self, key.replace("token", "id"), self.special[name])
-        if names["eos_token"] is None and ends:
-            if ends[0] not in self._config_ends:
-                raise ValueError(f"{config}: eos_token_id {ends[0]} is no special token of {self._source[0]}")
+        self._ends = [id for id in ends if id in self.special.values()]
+        if ends and not has_eos:
             self.eos_id = ends[0]
+            if self.eos_id not in self._ends:
+                raise ValueError(f"eos_token_id {self.eos_id} is no special token of the tokenizer")
 
     @classmethod
     def from_words(cls, words: list[str], pattern: str, special: list[str]) -> "Tokenizer":
-        """A word-level vocabulary: ids are the 256 bytes, then `words`, then `special`.
+        """A vocabulary of 256 bytes, `words` and `special`, with ids in this order.
 
-        pattern: regex that cuts text into pieces; each word must be one piece. Other text falls back to bytes.
+        pattern: regex that cuts text into pieces; each word must be one piece. Other text becomes bytes.
         """
         vocab = [BYTE_TO_CHAR[b] for b in range(256)]
         vocab += ["".join(BYTE_TO_CHAR[b] for b in word.encode()) for word in words]
         if len({*vocab, *special}) != len(vocab) + len(special):
             raise ValueError("words and special tokens must be unique, and words longer than one byte")
-        # tiktoken merges any two neighbours that spell a word: with each such pair as a merge, all readers agree
-        known = set(vocab)
-        merges = [[w[:i], w[i:]] for w in vocab for i in range(1, len(w)) if w[:i] in known and w[i:] in known]
+        known = set(vocab)  # tiktoken merges any two that spell a word, so each two are a merge
+        merges = [[word[:i], word[i:]] for word in vocab for i in range(1, len(word))
+                  if word[:i] in known and word[i:] in known]
         flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
         byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
         split = dict(type="Split", pattern={"Regex": pattern}, behavior="Isolated", invert=False)
+        model = dict(type="BPE", ignore_merges=True, vocab={t: i for i, t in enumerate(vocab)}, merges=merges)
         raw = json.dumps({
-            "version": "1.0",
-            "added_tokens": [dict(id=len(vocab) + i, content=name, **flags) for i, name in enumerate(special)],
-            "pre_tokenizer": dict(type="Sequence", pretokenizers=[split, byte_level]), "decoder": byte_level,
-            "model": dict(type="BPE", ignore_merges=True, vocab={t: i for i, t in enumerate(vocab)}, merges=merges),
+            "version": "1.0", "model": model, "decoder": byte_level,
+            "pre_tokenizer": dict(type="Sequence", pretokenizers=[split, byte_level]),
+            "added_tokens": [dict(id=i, content=name, **flags) for i, name in enumerate(special, len(vocab))],
         }, ensure_ascii=False, indent=1).encode()
         return cls(*_read_tokenizer_json(raw), ("tokenizer.json", raw))
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the file that was read byte for byte, added_tokens.json and tokenizer_config.json."""
         names = {id: name for name, id in self.special.items()}
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": names.get(self.bos_id),
+        stated = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": names.get(self.bos_id),
                   "eos_token": names.get(self.eos_id)}
-        path = Path(directory) / self._source[0]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(self._source[1])
-        for file, value in (("added_tokens.json", self._added), ("tokenizer_config.json", config)):
-            (Path(directory) / file).write_text(json.dumps(value, indent=1) + "\n")
+        files = {self._source[0]: self._source[1], "added_tokens.json": json.dumps(self._added).encode(),
+                 "tokenizer_config.json": json.dumps(stated).encode()}
+        for name, content in files.items():
+            path = Path(directory) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
 
     def encode_ordinary(self, text: str) -> list[int]:
-        """Text -> ids, never a special token's, for data must not be able to inject one. A byte that the
-        vocabulary lacks is dropped."""
+        """Text -> ids, never a special token's: data must not be able to inject one."""
         if len(text) > MAX_TEXT:
             raise ValueError(f"a text of {len(text)} characters is too long to tokenize (at most {MAX_TEXT})")
         try:
@@ -399,10 +381,9 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Text -> ids, where the name of a special token in the text is that token."""
-        ids = []
-        for part in self._split.split(text) if self.special else [text]:
-            ids += [self.special[part]] if part in self.special else self.encode_ordinary(part)
-        return ids
+        parts = self._split.split(text) if self.special else [text]
+        ids = [[self.special[part]] if part in self.special else self.encode_ordinary(part) for part in parts]
+        return [id for part in ids for id in part]
 
     def decode(self, ids: list[int]) -> str:
         """Ids -> text; U+FFFD stands for broken UTF-8 and for ids that no token has."""
@@ -411,18 +392,18 @@ class Tokenizer:
     def token_id(self, name: str) -> int:
         """The id of a special token. Raises ValueError if there is none of that name."""
         if name not in self.special:
-            raise ValueError(f"the tokenizer has no special token '{name}'")
+            raise ValueError(f"the tokenizer has no special token {short(name)}")
         return self.special[name]
 
     def end_id(self) -> int:
         """eos_id. Raises ValueError where there is none."""
         if self.eos_id is None:
-            raise ValueError("the tokenizer has no end token; tokenizer_config.json's eos_token may name one")
+            raise ValueError("the tokenizer has no end token; tokenizer_config.json can name an eos_token")
         return self.eos_id
 
     @property
     def end_ids(self) -> list[int]:
-        return sorted({*self._config_ends, self.eos_id} - {None})
+        return sorted({*self._ends, self.eos_id} - {None})
 
     def add_special(self, *names: str) -> list[int]:
         """The ids of these special tokens; unknown ones are appended at the end of the id space."""
@@ -433,20 +414,8 @@ class Tokenizer:
         return [self.special[name] for name in names]
 
 
-def _fits(special: dict) -> bool:
-    """Whether these are names with ids of special tokens."""
-    return all(name and name.isprintable() and type(id) is int and 0 <= id < MAX_ID for name, id in special.items())
-
-
-def _read_object(path: Path) -> dict:
-    """The JSON object in a file, {} without the file."""
-    try:
-        value = _json(path.read_bytes()) if path.is_file() else {}
-        if not isinstance(value, dict):
-            raise ValueError("must hold a JSON object")
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return value
+def _is_id(id) -> bool:
+    return type(id) is int and 0 <= id < MAX_ID
 
 
 def _read_tokenizer_model(raw: bytes):
@@ -454,7 +423,7 @@ def _read_tokenizer_model(raw: bytes):
     tokens = {}
     for number, line in enumerate(raw.splitlines()):
         token, rank = line.split()
-        tokens[base64.b64decode(token, validate=True)] = number
+        tokens[base64.b64decode(token, validate=True)] = int(rank)
         if int(rank) != number or len(tokens) != number + 1:
             raise ValueError(f"line {number + 1} is doubled or out of order; download the file again")
     if any(bytes([b]) not in tokens for b in range(256)):
@@ -463,28 +432,20 @@ def _read_tokenizer_model(raw: bytes):
 
 
 def _read_tokenizer_json(raw: bytes):
-    """Hugging Face's tokenizer.json -> (tokens, special, pattern). Refuses by name what tiktoken cannot do."""
+    """Hugging Face's tokenizer.json -> (tokens, special, pattern). Refuses what tiktoken cannot do."""
     file = _json(raw)
     model, added, pre = file["model"], file.get("added_tokens") or [], file["pre_tokenizer"]
+    usual = {"type", "vocab", "merges", "ignore_merges", "fuse_unk", "id", "content", "special", "normalized"}
+    for part in ({"normalizer": file.get("normalizer")}, model, *added):
+        for key, value in part.items():
+            if value and key not in usual or key == "type" and value != "BPE":
+                raise ValueError(f"{key} {short(value)} is not supported")
     in_bytes = lambda text: bytes(CHAR_TO_BYTE[c] for c in text)
     special = {token["content"]: token["id"] for token in added}
+    if any(model["vocab"].get(name, id) != id for name, id in special.items()):
+        raise ValueError("added_tokens and vocab disagree on an id")
     tokens = {in_bytes(name): id for name, id in model["vocab"].items() if name not in special}
     merges = [tuple(map(in_bytes, m.split(" ") if isinstance(m, str) else m)) for m in model["merges"]]
-    settings = [("normalizer", file)] + [(key, token) for token in added for key in ("lstrip", "rstrip", "single_word")]
-    settings += [(key, model) for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix",
-                                          "byte_fallback")]
-    problems = [f"{key} is {short(where[key])}" for key, where in settings if where.get(key)]
-    if model.get("type", "BPE") != "BPE":
-        problems.append(f"the model's type is {short(model['type'])}")
-    ids = [*tokens.values(), *special.values()]
-    if not all(type(id) is int and 0 <= id < MAX_ID for id in ids) or len(set(ids)) != len(ids):
-        problems.append("ids are no integers below 2**24, or doubled")
-    if any(model["vocab"].get(name, id) != id for name, id in special.items()):
-        problems.append("added_tokens and vocab disagree on an id")
-    if not _fits(special) or b"" in tokens:
-        problems.append("a token is empty")
-    if problems:
-        raise ValueError(problems[0])
     _check_merges(tokens, merges, model.get("ignore_merges"))
     return tokens, special, _pattern(pre.get("pretokenizers", [pre]))
 
@@ -492,65 +453,57 @@ def _read_tokenizer_json(raw: bytes):
 def _pattern(pre: list[dict]) -> str:
     """The one regex that cuts text as these pre-tokenizers do one after another."""
     kinds, first, last = [p["type"] for p in pre], pre[0], pre[-1]
-    by_regex = kinds[-1] == "ByteLevel" and last["add_prefix_space"] is False and last.get("use_regex", True)
-    if by_regex and len(pre) == 1:
-        return GPT2_PATTERN
-    if by_regex and kinds == ["Digits", "ByteLevel"] and first["individual_digits"]:
-        return DIGITS_PATTERN
-    if kinds == ["Split", "ByteLevel"] and first["behavior"] == "Isolated" and not first.get("invert"):
-        if last["add_prefix_space"] is False and not by_regex:
-            return first["pattern"]["Regex"] + r"|(?s:.)"  # tiktoken would drop what the pattern does not match
-    raise ValueError(f"pre_tokenizer is {json.dumps(pre)[:200]}")
+    by_regex, is_isolated = last.get("use_regex", True), first.get("behavior") == "Isolated"
+    if last.get("add_prefix_space") is False:
+        if by_regex and kinds == ["ByteLevel"]:
+            return GPT2_PATTERN
+        if by_regex and kinds == ["Digits", "ByteLevel"] and first["individual_digits"]:
+            return DIGITS_PATTERN
+        if not by_regex and kinds == ["Split", "ByteLevel"] and is_isolated and not first.get("invert"):
+            return first["pattern"]["Regex"] + r"|(?s:.)"  # tiktoken drops what no alternative matches
+    raise ValueError(f"pre_tokenizer {json.dumps(pre)[:200]} is not supported")
 
 
 def _check_merges(tokens: dict[bytes, int], merges: list[tuple[bytes, bytes]], ignore_merges: bool):
     """Refuse a table by which tiktoken would not merge as Hugging Face does.
 
-    Hugging Face merges the pairs in the list, in its order; tiktoken any neighbours that spell a token, lowest id
-    first. A segment of a text merges as it does alone. So both agree on every text if ids ascend along the list
-    and each token, merged alone, comes to a pair of the list.
+    Hugging Face merges the listed pairs in order; tiktoken any two that spell a token, lowest id first. A
+    segment of a text merges as it does alone. So both agree on every text if ids ascend along the list and each
+    token, merged alone, comes to a listed pair.
     """
-    ids = [tokens[a + b] for a, b in merges]
+    ids, pairs = [tokens[a + b] for a, b in merges], set(merges)
     if ids != sorted(ids):
-        raise ValueError("ids do not ascend in the order of the merges")
-    pairs = set(merges)
+        raise ValueError("the ids do not ascend in the order of the merges, which is not supported")
     for token in tokens:
-        if len(token) > 256:
-            raise ValueError(f"a token has {len(token)} bytes")  # merging it alone takes quadratic time
         parts = [token[i:i + 1] for i in range(len(token))]
+        if not 0 < len(parts) <= 256:  # what follows takes quadratic time
+            raise ValueError(f"a token of {len(parts)} bytes is not supported")
         while len(parts) > 2:
             id, i = min((tokens.get(a + b, MAX_ID), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
             if id == MAX_ID:
                 break
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        # a token that no merges reach is found by both readers if ignore_merges looks whole pieces up
+        # a token that no merges reach: both readers find it if ignore_merges looks whole pieces up
         if len(parts) > 1 and tuple(parts) not in pairs and not (len(parts) > 2 and ignore_merges):
-            raise ValueError(f"the merges do not make the token {short(token)}")
+            raise ValueError(f"the merges do not make the token {short(token)}, which is not supported")
 
 
 # --- built-in task ---
 #
-# Arithmetic word problems about who has how many of something. Each question is a random expression tree whose
-# inner nodes are the steps. A node may be computed as soon as its children are, so many questions have several
-# right step orders and the label shows one of them at random: imitating one written chain of thought is then a
-# poor teacher (paper, section 1). A hash of the tree alone (no names, wording or order) decides the split, so no
-# test question is a training question in disguise.
+# Word problems about who has how many of something. A question is a random expression tree; its nodes are the
+# steps. A node may be computed once its children are, so many questions have several right orders of steps. The
+# label shows a random one: imitating it is a poor teacher (paper, section 1). A hash of the tree, without names
+# and wording, decides the split: no test question is a training question in disguise.
 
-BUILTIN = {  # test sets mirror the paper's GSM8K, GSM-Hard, SVAMP and MultiArith
-    "builtin": dict(train=40_000, valid=1_000),
-    "in_dist": dict(test=1_000),
-    "hard": dict(test=1_000),
-    "reworded": dict(test=1_000),
-    "easy": dict(test=1_000),
-    "chain": dict(train=40_000, valid=1_000, test=1_000),  # a task of its own: in_dist with one order of steps
-}
-TEST_SETS = ("in_dist", "hard", "reworded", "easy")
+TEST_SETS = ("in_dist", "hard", "reworded", "easy")  # like the paper's GSM8K, GSM-Hard, SVAMP, MultiArith
+BUILTIN = {"builtin": dict(train=40_000, valid=1_000), **{name: dict(test=1_000) for name in TEST_SETS},
+           "chain": dict(train=40_000, valid=1_000, test=1_000)}  # in_dist where one order of steps is right
 NAMES = "Ada Ben Cleo Dan Eve Finn Gina Hugo".split()
 ITEMS = "coins cards books pens".split()
 THEN = 0.9  # share of changes to one count that are told of its owner ("Then Ada loses 3.")
 LARGEST = 40  # every number of a question, a step and an answer is from 1 to LARGEST, one token each
 
-# operation: common and rare wording. "n" is a given number: on the left "n+n" has two, "+n" a count and a number
+# operation -> common and rare wording; "n" is a given number, so "n+n" adds two of them, "+n" a count and one
 WORDING = {
     "n+n": ("{x} has {m} {item} and {n} more.", "{x} owns {m} {item} plus {n}."),
     "n-n": ("{x} has {m} {item} and loses {n}.", "{x} owns {m} {item} minus {n}."),
@@ -568,20 +521,15 @@ WORDING = {
 
 
 class _Node:
-    """Somebody's count: the result of one step."""
+    """Somebody's count: the result of one step. `key` is its expression without names, wording and order."""
 
     def __init__(self, op, value, numbers=(), children=()):
         self.op, self.value, self.numbers, self.children = op, value, numbers, children
-        self.sign = op.strip("n")
-
-    def key(self):
-        """The expression without names, wording and order."""
-        operands = [*(c.key() for c in self.children), *map(str, self.numbers)]
-        return f"({self.sign} {' '.join(sorted(operands) if self.sign == '+' else operands)})"
-
-    def step(self):
-        a, b = [c.value for c in self.children] + list(self.numbers)
-        return f"<<{a}{self.sign}{b}={self.value}>>"
+        sign = op.strip("n")
+        operands = [*(child.value for child in children), *numbers]
+        self.step = f"<<{sign.join(map(str, operands))}={value}>>"
+        keys = [*(child.key for child in children), *map(str, numbers)]
+        self.key = f"({sign} {' '.join(sorted(keys) if sign == '+' else keys)})"
 
 
 def _tree(rng, steps, wide, branch):
@@ -625,13 +573,13 @@ def _problem(rng, id, bucket, lengths, wide, branch, rare, distractors):
     distractors: how many statements the answer does not need.
     """
     root, length = None, rng.choice(lengths)
-    while root is None or min(zlib.crc32(root.key().encode()) % 8, 2) != bucket:
+    while root is None or min(zlib.crc32(root.key.encode()) % 8, 2) != bucket:
         root = _tree(rng, length, rng.random() < wide, branch)
     nodes, stack = [], [root]
     while stack:
         nodes.append(stack.pop())
         stack.extend(nodes[-1].children)
-    steps = tuple(n.step() for n in _random_order(rng, nodes))
+    steps = tuple(n.step for n in _random_order(rng, nodes))
     for _ in range(distractors):
         n = rng.randint(2, 9)
         nodes.append(_Node("n+n", None, (rng.randint(2, 12), n)) if rng.random() < 0.5 else
@@ -673,8 +621,8 @@ BUILTIN_PIECES = r"### | ?[A-Za-z]+(?: (?=[0-9]))?|[0-9]{1,2}|<<|>>\n?|\?\n?|[\s
 
 
 def builtin_tokenizer() -> Tokenizer:
-    """Whole words and whole numbers up to LARGEST. A word takes the space before it, and also the one after it
-    where a number follows, so that a number is the same one token in questions and in steps."""
+    """Each word and each number up to LARGEST is one token. A word takes the space before it, and the one after
+    it before a number, so that a number is the same token in questions and in steps."""
     words = {"### ", "\n", "?\n", ">>", ">>\n", "<<", *"+-*=.?", *map(str, range(LARGEST + 1)), *NAMES}
     for text in [text for pair in WORDING.values() for text in pair]:
         for name in NAMES:
@@ -688,8 +636,8 @@ def builtin_tokenizer() -> Tokenizer:
 
 @dataclass
 class Encoded:
-    """Ids of question (with bos, if any), of each step and of the answer (with eos). The parts are tokenized apart,
-    so that where latents end and text begins is the same at every stage of the curriculum."""
+    """Ids of question (with bos, if any), of each step and of the answer (with eos). Each part is tokenized
+    alone: the border between latents and text is then the same at every stage of the curriculum."""
     question: list[int]
     steps: list[list[int]]
     answer: list[int]
@@ -699,14 +647,14 @@ class Encoded:
 def encode_example(example: Example, tokenizer: Tokenizer) -> Encoded:
     """"question\\n", "<<48/2=24>>\\n" each, "### 72" + eos. Raises ValueError if the tokenizer has no eos."""
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    encode = tokenizer.encode_ordinary
-    return Encoded(bos + encode(example.question.strip() + "\n"), [encode(step + "\n") for step in example.steps],
-                   encode("### " + example.answer) + [tokenizer.end_id()], example)
+    question, *steps, answer = map(tokenizer.encode_ordinary, [
+        example.question.strip() + "\n", *(step + "\n" for step in example.steps), "### " + example.answer])
+    return Encoded(bos + question, steps, answer + [tokenizer.end_id()], example)
 
 
 def encode_all(examples: list[Example], tokenizer: Tokenizer, max_len: int) -> tuple[list[Encoded], int]:
-    """Encode those of at most max_len ids -> (encoded, how many were skipped). The start and the end of the latents
-    count too. A long question is skipped, never cut, for a cut question has another answer."""
+    """Encode those of at most max_len ids, start and end of the latents included -> (encoded, number skipped).
+    A long question is never cut: it would have another answer."""
     kept = []
     for example in examples:
         if len(example.question) + sum(map(len, example.steps)) >= MAX_TEXT:
@@ -741,41 +689,33 @@ SOURCES = {  # file -> (address, SHA-256, bytes); raw has only a Git LFS pointer
     "multiarith.jsonl": (f"{_PAL}/mawpsmultiarith.jsonl",
                          "12e8295088364af21fb6591dbdbd1dda452aade57227f63d725677471ded2951", 109522),
 }
+TIMEOUT = 30  # seconds without a byte
 
 
 def download(file: str, data_dir: str | Path, source_dir: str | Path | None = None) -> Path:
-    """Put one file of SOURCES into data_dir and return its path. A right one is left alone.
+    """Put one file of SOURCES into data_dir, from source_dir where that has it, and return its path.
 
-    It is copied from source_dir where that has it, else downloaded. Only a file with the pinned sum gets the
-    final name. Raises ValueError for a wrong file, ConnectionError when the network fails.
+    A right file is left alone, and only a file with the pinned sum gets the final name. Raises ValueError for a
+    wrong file, ConnectionError when the network fails.
     """
-    origin, digest, size = SOURCES[file]
+    origin, digest, _ = SOURCES[file]
     path = Path(data_dir) / file
     if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == digest:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(file + ".part")
     if source_dir and (Path(source_dir) / file).is_file():
-        origin = Path(source_dir) / file
-        shutil.copyfile(origin, part)
-    else:
-        try:
-            _fetch(origin, part, size)
-        except (OSError, HTTPException) as error:
-            raise ConnectionError(f"{origin}: {' '.join(str(error).split())}; run again, or use --from DIR") from None
+        origin = (Path(source_dir) / file).resolve().as_uri()
+    try:
+        with urllib.request.urlopen(origin, timeout=TIMEOUT) as response, open(part, "wb") as copy:
+            shutil.copyfileobj(response, copy)
+    except (OSError, HTTPException) as error:
+        raise ConnectionError(f"{origin}: {error}; run again, or use --from DIR") from None
     if hashlib.sha256(part.read_bytes()).hexdigest() != digest:
         part.unlink()
-        raise ValueError(f"{origin} is not the published {file}, whose SHA-256 is {digest}; the copy was deleted")
+        raise ValueError(f"{origin} is not the published {file}, whose SHA-256 is {digest}")
     os.replace(part, path)
     return path
-
-
-def _fetch(url: str, part: Path, size: int):
-    with (urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as file,
-          tqdm(total=size, desc=part.stem, unit="B", unit_scale=True, disable=None) as bar):
-        while bar.n <= size and (chunk := response.read(1 << 16)):  # an endless answer is cut
-            file.write(chunk)
-            bar.update(len(chunk))
 
 
 class Parser(argparse.ArgumentParser):
@@ -786,7 +726,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def cli(main):
-    """Run main() as a command. Errors are one line on stderr: exit status 2 for what the user can mend, 1 for what
+    """Run main(). An error is one line on stderr; the exit status is 2 for what the user can mend, 1 for what
     the machine or a non-finite number ended, 130 for Ctrl-C."""
     try:
         sys.exit(main())
@@ -801,7 +741,7 @@ def cli(main):
 def main(argv: list[str] | None = None):
     parser = Parser(prog="data.py", description="Download the datasets; without a name, list them.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"all, {', '.join(DATASETS)}")
-    parser.add_argument("--from", dest="source_dir", metavar="DIR", help="copy files from DIR where it has them")
+    parser.add_argument("--from", dest="source_dir", metavar="DIR", help="copy the files that DIR has")
     parser.add_argument("--data_dir", default="data", help="where the files go (default: data)")
     args = parser.parse_args(argv)
     for name in args.names:

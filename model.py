@@ -15,6 +15,7 @@ the same computation on the same shapes, so one compiled block serves all of the
 import json
 import math
 import os
+import re
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -29,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads", "head_dim", "max_position_embeddings")
+COMPILED = "_orig_mod."  # prefix of the names that a compiled model was saved with
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -52,24 +54,20 @@ class LLaMAConfig:
     eos_token_id: int | list | None = None
 
     def __post_init__(self):
-        for name in SIZES:
-            value = getattr(self, name)
-            if type(value) is not int or not 0 < value <= 2**24:
-                raise ValueError(f"{name} must be an integer from 1 to {2**24}, not {short(value)}")
-        numbers = {"rms_norm_eps": self.rms_norm_eps, "rope_theta": self.rope_theta}
+        numbers = {name: getattr(self, name) for name in (*SIZES, "rms_norm_eps", "rope_theta")}
         if self.rope_scaling is not None:
-            numbers |= {f"rope_scaling's {key}": self.rope_scaling.get(key) for key in LLAMA3_ROPE}
+            numbers |= {name: self.rope_scaling.get(name) for name in LLAMA3_ROPE}
         for name, value in numbers.items():
-            if type(value) not in (int, float) or not 0 < value < 1e38:
-                raise ValueError(f"{name} must be a positive number, not {short(value)}")
-        rope = self.rope_scaling
-        if rope and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+            kinds, most = ((int,), 2**24) if name in SIZES else ((int, float), 1e38)
+            if type(value) not in kinds or not 0 < value <= most:
+                raise ValueError(f"{name} must be a positive number up to {most}, not {short(value)}")
+        if self.rope_scaling and numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
             raise ValueError("rope_scaling needs low_freq_factor < high_freq_factor")
         self.rms_norm_eps, self.rope_theta = float(self.rms_norm_eps), float(self.rope_theta)
         if type(self.tie_word_embeddings) is not bool:
             raise ValueError(f"tie_word_embeddings must be true or false, not {short(self.tie_word_embeddings)}")
-        eos = self.eos_token_id
-        for name, ids in (("bos_token_id", [self.bos_token_id]), ("eos_token_id", eos if type(eos) is list else [eos])):
+        ends = self.eos_token_id if type(self.eos_token_id) is list else [self.eos_token_id]
+        for name, ids in (("bos_token_id", [self.bos_token_id]), ("eos_token_id", ends)):
             if any(type(i) not in (int, type(None)) for i in ids):
                 raise ValueError(f"{name} must be an integer, not {short(ids)}")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -83,25 +81,22 @@ class LLaMAConfig:
         if not isinstance(raw, dict):
             raise ValueError("it is not a JSON object")
         raw = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, **raw}  # LlamaConfig's own defaults
-        # transformers 5 writes rope_parameters, published checkpoints have rope_theta and rope_scaling
         for key in ("rope_parameters", "rope_scaling"):
             if not isinstance(raw.get(key), (dict, type(None))):
                 raise ValueError(f"{key} must be an object, not {short(raw[key])}")
-        rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})  # transformers' preference
-        kind = rope.pop("rope_type", rope.pop("type", "default"))
-        raw["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
-        partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
-        found = {"model_type": raw.get("model_type"), "hidden_act": raw.get("hidden_act", "silu"),
-                 "attention_bias": raw.get("attention_bias", False), "mlp_bias": raw.get("mlp_bias", False),
-                 "quantization_config": raw.get("quantization_config"), "partial_rotary_factor": partial}
-        wanted = dict(model_type="llama", hidden_act="silu", attention_bias=False, mlp_bias=False,
-                      quantization_config=None, partial_rotary_factor=1.0)
-        for key, value in wanted.items():
-            if found[key] != value:
-                raise ValueError(f"{key} {short(found[key])} is not supported (only {value!r})")
+        # transformers 5 writes rope_parameters, published checkpoints have rope_theta and rope_scaling
+        rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+        kind = rope.setdefault("rope_type", rope.get("type", "default"))
+        raw |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+        raw["rope_scaling"] = rope if kind == "llama3" else None
         if kind not in ("default", "llama3"):
             raise ValueError(f"rope_type {short(kind)} is not supported (only 'default' and 'llama3')")
-        raw["rope_scaling"] = {**rope, "rope_type": kind} if kind == "llama3" else None
+        if "model_type" not in raw:
+            raise ValueError("key 'model_type' is missing")
+        for key, only in (("model_type", "llama"), ("hidden_act", "silu"), ("attention_bias", False),
+                          ("mlp_bias", False), ("quantization_config", None), ("partial_rotary_factor", 1.0)):
+            if raw.get(key, only) != only:
+                raise ValueError(f"{key} {short(raw[key])} is not supported (only {only!r})")
         heads, width = raw.get("num_attention_heads"), raw.get("hidden_size")
         if raw.get("num_key_value_heads") is None:
             raw["num_key_value_heads"] = heads
@@ -375,7 +370,7 @@ class LLaMA(nn.Module):
     # --- checkpoints: Hugging Face's layout and names ---
 
     def disk_parts(self):
-        """{name in a Hugging Face file: the tensor, without gradient}. What is one matrix here is several there."""
+        """{name in a Hugging Face file: tensor}, without gradient. What is one matrix here is several there."""
         split = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
         parts = {}
         for name, p in self.named_parameters():
@@ -390,32 +385,30 @@ class LLaMA(nn.Module):
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
         """Read config.json and model.safetensors (or the shards of model.safetensors.index.json).
 
-        Peak memory is the model in `dtype` and one part of a tensor. FileNotFoundError where a file is missing.
-        ValueError names file and key where it is not a LLaMA that this code can run, before anything is read."""
+        Peak memory is the model in `dtype` and a part of a tensor. FileNotFoundError: a file is missing.
+        ValueError names file and key where it is not a LLaMA that this code can run."""
         path = Path(path)
-        files = tensor_files(path)
-        raw = read_json(path / "config.json")
+        raw, found = read_json(path / "config.json"), tensor_files(path)
         try:
             config = LLaMAConfig.from_dict(raw)
-            if config.num_hidden_layers > len(files):  # or millions of modules would be built
-                raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}: more than there are tensors")
+            if config.num_hidden_layers > len(found):  # or millions of modules would be built
+                raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}, more than there are tensors")
             with torch.device("meta"):
                 model = cls(config)
-            model.inv_freq = rope_frequencies(config)  # the one tensor that is no parameter
         except (ValueError, TypeError, RuntimeError, OverflowError) as e:
             raise ValueError(f"{path / 'config.json'}: {one_line(e)}") from None
-        check_tensors(files, model.disk_parts(), path)
+        model.inv_freq = rope_frequencies(config)  # the one tensor that is no parameter
+        check_tensors(found, model.disk_parts(), path)
         model = model.to(dtype).to_empty(device=device)
-        parts = model.disk_parts()
-        if "lm_head.weight" in files and model.lm_head is None:  # a tied model may hold its table twice
-            parts["lm_head.weight"] = None
-        for name, out in parts.items():
-            for rows, part in read_tensor(*files[name]):
-                if out is not None:
-                    out[rows] = part
-                elif not torch.equal(parts["model.embed_tokens.weight"][rows], part.to(device, dtype)):
-                    raise ValueError(f"{files[name][0]}: lm_head.weight differs from model.embed_tokens.weight, though "
-                                     "config.json ties them (set tie_word_embeddings to false)")
+        for name, out in model.disk_parts().items():
+            for rows, part in read_tensor(*found[name]):
+                out[rows] = part
+        if "lm_head.weight" in found and model.lm_head is None:  # a tied file may hold its table twice
+            table = model.embed_tokens.weight
+            for rows, part in read_tensor(*found["lm_head.weight"]):
+                if not torch.equal(table[rows], part.to(table)):
+                    raise ValueError(f"{found['lm_head.weight'][0]}: lm_head.weight is not model.embed_tokens.weight, "
+                                     "though config.json ties them (set tie_word_embeddings to false)")
         return model
 
     def save_pretrained(self, path):
@@ -434,7 +427,7 @@ def one_line(error):
 
 
 def read_json(file):
-    """ValueError that names file and place, FileNotFoundError that names the file."""
+    """The contents of a JSON file. ValueError and FileNotFoundError name it."""
     try:
         return json.loads(Path(file).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -461,67 +454,62 @@ def save_tensors(tensors, file):
 
 
 def tensor_files(path):
-    """{tensor name: (file, name in the file, shape, dtype name)} of a folder's model.safetensors or of its shards."""
-    whole, table = path / "model.safetensors", path / "model.safetensors.index.json"
-    shards = {None: whole}
-    if whole.exists() and table.exists():
-        print(f"note: {path}: model.safetensors is read, and the shards of {table.name} are not", file=sys.stderr)
-    if not whole.exists():
-        if not table.exists():
-            raise FileNotFoundError(f"{path}: neither model.safetensors nor {table.name} is there")
-        raw = read_json(table)
-        weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
-        if not isinstance(weight_map, dict) or not all(isinstance(s, str) for s in weight_map.values()):
-            raise ValueError(f"{table}: key 'weight_map' must map tensor names to file names")
-        for shard in weight_map.values():
-            # the name comes from a file: it must not lead out of the folder
-            if not shard.isprintable() or "/" in shard or "\\" in shard or shard in ("", ".", "..") or len(shard) > 255:
-                raise ValueError(f"{table}: shard name {short(shard)} is not a plain file name in this folder")
-        shards = {shard: path / shard for shard in sorted(set(weight_map.values()))}
+    """{tensor name: (file, name there, shape, dtype name)} of a folder's model.safetensors or of its shards."""
+    whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if whole.exists():
+        if index.exists():
+            print(f"note: {whole} is read, not the shards of {index.name}", file=sys.stderr)
+        return tensor_headers(whole)
+    if not index.exists():
+        raise FileNotFoundError(f"{path}: neither model.safetensors nor {index.name} is there")
+    raw = read_json(index)
+    shard_of = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(shard_of, dict) or not all(isinstance(s, str) for s in shard_of.values()):
+        raise ValueError(f"{index}: key 'weight_map' must map tensor names to file names")
     found = {}
-    for shard, file in shards.items():
-        for name, (shape, dtype) in tensor_headers(file).items():
-            if shard is None or weight_map.get(name) == shard:
-                found[name.removeprefix("_orig_mod.")] = file, name, shape, dtype  # a compiled model has the prefix
-    if None not in shards:
-        lost = [name for name in weight_map if name.removeprefix("_orig_mod.") not in found]
-        if lost:
-            raise ValueError(f"{shards[weight_map[lost[0]]]}: tensor {short(lost[0])} is not in it, though {table.name} "
-                             "says so")
+    for shard in sorted(set(shard_of.values())):
+        # the name comes from a file: it must not lead out of the folder
+        if not re.fullmatch(r"[\w-][\w.-]{0,200}", shard):
+            raise ValueError(f"{index}: shard name {short(shard)} is not a plain file name in this folder")
+        headers = tensor_headers(path / shard)
+        for name in (n for n in shard_of if shard_of[n] == shard):
+            plain = name.removeprefix(COMPILED)
+            if plain not in headers:
+                raise ValueError(f"{path / shard}: tensor {short(name)} is not in it, though {index.name} says so")
+            found[plain] = headers[plain]
     return found
 
 
 def tensor_headers(file):
-    """{tensor name: (shape, dtype name)}. ValueError where it is no safetensors file."""
+    """Likewise, of one file. ValueError where it is no safetensors file."""
     try:
         with safe_open(file, framework="pt") as f:
             parts = {name: f.get_slice(name) for name in f.keys()}
-            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+            return {name.removeprefix(COMPILED): (file, name, tuple(part.get_shape()), part.get_dtype())
+                    for name, part in parts.items()}
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: no such file") from None
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{file}: not a readable safetensors file ({one_line(e)})") from None
 
 
-def check_tensors(files, wanted, path):
-    """ValueError unless the files hold just the tensors wanted, {name: tensor}, in plain floats."""
+def check_tensors(found, wanted, path):
+    """ValueError unless the tensors found are just those wanted, {name: tensor}, in plain floats."""
     for name, p in wanted.items():
-        if name not in files:
+        if name not in found:
             raise ValueError(f"{path}: tensor {name} is missing")
-        file, _, shape, dtype = files[name]
-        if shape != tuple(p.shape):
-            raise ValueError(f"{file}: tensor {name} has shape {short(shape)}, config.json says {tuple(p.shape)}")
-        if dtype not in ("F64", "F32", "F16", "BF16"):
-            raise ValueError(f"{file}: tensor {name} has dtype {dtype}, not a plain float")
+        file, _, shape, dtype = found[name]
+        if shape != tuple(p.shape) or dtype not in ("F64", "F32", "F16", "BF16"):
+            raise ValueError(f"{file}: tensor {name} is {dtype} {short(shape)}, not floats {tuple(p.shape)}")
     # a tied checkpoint may hold the output matrix twice, and old ones hold rotary tables
-    spare = [n for n in files.keys() - wanted.keys() if n != "lm_head.weight" and "rotary_emb" not in n]
+    spare = [n for n in found.keys() - wanted.keys() if n != "lm_head.weight" and "rotary_emb" not in n]
     if spare:
-        raise ValueError(f"{files[min(spare)][0]}: tensor {short(min(spare))} is not part of this architecture")
+        raise ValueError(f"{found[min(spare)][0]}: tensor {short(min(spare))} is not part of this architecture")
 
 
 def read_tensor(file, name, shape, dtype):
     """Parts of a tensor, as (rows of it, their numbers). The file is opened anew for each part: its pages count as
-    memory of the process for as long as it is open."""
+    the process's memory for as long as it is open."""
     rows = max(1, 2**24 // max(1, math.prod(shape[1:])))
     for start in range(0, shape[0], rows):
         part = slice(start, start + rows)

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 
 from data import extract_answer, is_correct, numbers_equal, parse_number, parse_step, well_formed
 from model import KVCache, first
-from vae import (RL_NOISE, Noise, gaussian_kl, gaussian_logp, generator, last, precise, stop_places,
-                 stop_terms)
+from vae import (RL_NOISE, Noise, gaussian_kl, gaussian_logp, generator, last, masked_mean, precise,
+                 stop_places, stop_terms)
 
 
 # --- rewards ---
@@ -198,11 +198,6 @@ def divergence(new, reference, rollout):
     return sum(masked_mean(kl, mask) for kl, mask in sides)
 
 
-def masked_mean(x, mask):
-    """Mean (B,) over the places of x (B, ...) where the mask is set; 0 where there are none."""
-    return (x * mask).flatten(1).sum(dim=1) / mask.flatten(1).sum(dim=1).clamp(min=1)
-
-
 def objective(new, old, rollout, advantage, total, clip=0.2, latent_coef=1.0, latent_mean=False):
     """PPO-clipped loss (paper, section 3.3), this part's share of the mean over `total` rollouts, and statistics.
 
@@ -234,9 +229,7 @@ def objective(new, old, rollout, advantage, total, clip=0.2, latent_coef=1.0, la
         ratio = diff.clamp(-3, 3).exp()
         gain = torch.minimum(ratio * advantage[:, None], ratio.clamp(1 - clip, 1 + clip) * advantage[:, None])
         loss = loss - coef * masked_mean(gain, mask).sum() / total
-        ratio = ratio.detach().masked_fill(~mask, 1.0)
-        stats |= {f"{name}_terms": mask.sum(), f"{name}_clipped": ((ratio - 1).abs() > clip).sum(),
-                  f"{name}_ratio_max": ratio.amax() if ratio.numel() else ratio.new_ones(())}
+        stats |= {f"{name}_terms": mask.sum(), f"{name}_clipped": (((ratio - 1).abs() > clip) & mask).sum()}
     return loss, stats
 
 
@@ -284,53 +277,45 @@ def update(run, ddp, reference, optimizer, rollout, advantage, step, ids):
     # a group of equal rewards only teaches how near to stay to the start; DDP needs one question at least
     learns = (advantage.view(-1, G) != 0).any(dim=1) | (reference is not None)
     active = learns.nonzero().flatten().tolist() or [0]
-    parts = np.array_split(active, -(-len(active) * members // max(cfg.micro_batch, members)))
-    minibatches = [[(p.tolist(), list(range(g, g + members))) for p in parts] for g in range(0, G, members)]
-    # Old log-probabilities come from the update's own pass before the first step, as in the released code: a
+    parts = np.array_split(active, -(-len(active) * members // max(cfg.micro_batch or cfg.minibatch, members)))
+    minibatches = [[(part.tolist(), list(range(g, g + members))) for part in parts] for g in range(0, G, members)]
+    # Old log-probabilities come from the update's own pass before the first step, as in the released code: the
     # rollout, one position at a time, rounds otherwise. The first minibatch finds them on its way.
-    old = {}
-    for minibatch in minibatches[1:]:
-        for i, who in enumerate(minibatch):
-            with run.autocast():
-                old[who[1][0], i] = log_probs(rollout.part(*who)).detached()
+    old = [[None] * len(parts)]
+    with run.autocast():
+        old += [[log_probs(rollout.part(*who)).detached() for who in minibatch] for minibatch in minibatches[1:]]
     sums, norms = {}, []
-    for minibatch in minibatches:
-        for i, (questions, members_of) in enumerate(minibatch):
-            cut = rollout.part(questions, members_of)
-            a = advantage.view(-1, G)[questions][:, members_of].flatten().to(run.device)
+    for minibatch, olds in zip(minibatches, old):
+        for i, (who, before) in enumerate(zip(minibatch, olds)):
+            cut, a = rollout.part(*who), advantage.view(-1, G)[who[0]][:, who[1]].flatten().to(run.device)
             with run.no_sync(ddp, i + 1 < len(minibatch)):
                 with run.autocast():
                     new = ddp(cut)
-                before = old.get((members_of[0], i)) or new.detached()
-                loss, stats = objective(new, before, cut, a, cfg.minibatch, cfg.ratio_clip, cfg.latent_coef,
-                                        cfg.latent_mean)
-                if reference is not None:
-                    kl = kl_to(reference, log_probs, new, cut, run)
-                    loss = loss + cfg.kl_coef * kl / cfg.minibatch
-                    stats["kl"] = kl.detach()
+                    kl = None if reference is None else kl_to(reference, log_probs, new, cut)
+                loss, stats = objective(new, before or new.detached(), cut, a, cfg.minibatch, cfg.ratio_clip,
+                                        cfg.latent_coef, cfg.latent_mean)
+                if kl is not None:
+                    loss, stats["kl"] = loss + cfg.kl_coef * kl / cfg.minibatch, kl.detach()
                 (loss * run.world).backward()  # DDP takes the mean; the losses are shares of a sum
-            for k, v in stats.items():
-                sums[k] = torch.maximum(sums[k], v) if "max" in k and k in sums else sums.get(k, 0) + v
+            sums = {k: sums.get(k, 0) + v for k, v in stats.items()}
         norms.append(run.clip_gradients(optimizer, cfg.rl_clip, step, ids, {"objective": loss.detach()}))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    largest = {k: sums.pop(k) for k in list(sums) if "max" in k}
-    sums = {k: v * run.world for k, v in run.mean(sums).items()}
-    out = {"grad_norm": float(np.mean(norms)), **run.largest(largest)}
+    sums = run.mean(sums)
+    out = {"grad_norm": float(np.mean(norms))}
     for side in ("latent", "token"):
         if f"{side}_terms" in sums:
-            out[f"{side}_clip_frac"] = sums[f"{side}_clipped"] / max(1, sums[f"{side}_terms"])
+            out[f"{side}_clip_frac"] = sums[f"{side}_clipped"] / max(1e-9, sums[f"{side}_terms"])
     if reference is not None:  # every rollout was in one of the minibatches
-        out["kl"] = sums["kl"] / (cfg.minibatch * len(minibatches))
+        out["kl"] = sums["kl"] * run.world / (cfg.minibatch * len(minibatches))
     return out
 
 
-def kl_to(reference, log_probs, new, rollout, run):
+def kl_to(reference, log_probs, new, rollout):
     """Sum over rollouts of the KL to the policy that RL began with. Latents that are sampled count as actions: the
     KL is that of their distributions and of what follows, given the latents as they are, by path too."""
-    with run.autocast():
-        fixed = log_probs.path and log_probs.model.config.vae
-        now = log_probs(rollout, fixed=True) if fixed else new
-        with torch.no_grad():
-            before = reference(rollout)
+    fixed = log_probs.path and log_probs.model.config.vae
+    now = log_probs(rollout, fixed=True) if fixed else new
+    with torch.no_grad():
+        before = reference(rollout)
     return divergence(now, before, rollout).sum()

@@ -12,7 +12,6 @@ Read in order: settings, set-up, checkpoints, supervised stage, reinforcement le
 import ctypes
 import dataclasses
 import fcntl
-import hashlib
 import json
 import math
 import os
@@ -46,9 +45,8 @@ from vae import (END, METHODS, RL_ORDER, SFT_NOISE, START, WEIGHTS, LatentConfig
 # --- settings ---
 
 def setting(default, note, **more):
-    """A field of Config. note: what --help says. more: choices; least, the smallest value (0); chain, pretrained: the
-    default in these cases; own: it belongs to a run, so --init does not take it from a checkpoint; free: a resumed
-    run may change it."""
+    """A field of Config. note: what --help says. more: choices; least: the smallest value (0); chain, pretrained:
+    the default in these cases; own: --init does not take it from a checkpoint; free: a resumed run may change it."""
     return dataclasses.field(default=default, metadata={"note": note, **more})
 
 
@@ -58,17 +56,16 @@ RUN = dict(own=True, free=True)
 
 @dataclass
 class Config:
-    stage: str = setting("all", "all (vae, rl, evaluation), cot, vae or rl", choices=("all", "cot", "vae", "rl"), **RUN)
+    stage: str = setting("all", "all (vae, rl, evaluation), cot, vae, rl", choices=("all", "cot", "vae", "rl"), **RUN)
     method: str = setting("atp", "atp, simcot, coconut, cot, nocot: parts switched off", choices=tuple(METHODS))
     init: str = setting("", "Hugging Face LLaMA, or checkpoint or run of ours (rl: out_dir/vae)", **RUN)
-    data: str = setting("builtin", "builtin, chain, gsm8k, gsm8k_aug or a file (5 % held out)", pretrained="gsm8k_aug")
+    data: str = setting("builtin", "builtin, chain, gsm8k, gsm8k_aug, or a file", pretrained="gsm8k_aug")
     data_dir: str = setting("data", "where `python data.py` puts the published files")
     annotated: int = setting(4000, "so many questions show their steps (0: all; other data: 0)", pretrained=0)
     out_dir: str = setting("out", "runs go to out_dir/vae, out_dir/rl, ...", **RUN)
     resume: bool = setting(False, "go on from the newest checkpoint of the same run", **RUN)
     seed: int = setting(0, "of weights, data order and samples", own=True)
-    baseline: int = setting(1200, "stage all: steps of an answer-only model to compare with", chain=5000, pretrained=0,
-                            **RUN)
+    baseline: int = setting(1200, "stage all: steps of an answer-only model", chain=5000, pretrained=0, **RUN)
     # model from nothing (--init "")
     hidden_size: int = setting(96, "d", least=1)
     layers: int = setting(4, "transformer blocks", least=1)
@@ -83,7 +80,7 @@ class Config:
     decode: str = setting("auto", "decoder and its loss", **AUTO)
     # supervised stage
     batch_size: int = setting(32, "examples an optimizer step, over all processes", least=1, pretrained=256)
-    micro_batch: int = setting(128, "most rows a process takes at once (0: as many as fit)", free=True, pretrained=0)
+    micro_batch: int = setting(128, "rows that a process takes at once (0: as fit)", free=True, pretrained=0)
     cot_epochs: float = setting(12.0, "stage 0: text chain of thought (warm start)", chain=1.2, pretrained=0.0)
     epochs_per_stage: float = setting(1.2, "each further stage: one more latent step", chain=0.1, pretrained=2.0)
     final_epochs: float = setting(9.6, "further epochs, all steps latent", chain=2.2, pretrained=5.0)
@@ -112,8 +109,8 @@ class Config:
     w_coh: float = setting(0.1, "reward of coherence")
     ratio_clip: float = setting(0.2, "PPO")
     std_norm: bool = setting(False, "divide advantages by the group's deviation", pretrained=True)
-    latent_grad: str = setting("path", "path (through z = mu + sigma eps) or score (log-density)",
-                               choices=("path", "score"), pretrained="score")
+    latent_grad: str = setting("path", "path (through z) or score (its density)", choices=("path", "score"),
+                               pretrained="score")
     latent_coef: float = setting(1.0, "weight of the terms of latents and stops")
     latent_mean: bool = setting(False, "score: density averaged, not summed, over d")
     kl_coef: float = setting(0.0, "weight of the KL from the policy that RL began with")
@@ -127,10 +124,11 @@ class Config:
     save_every: int = setting(500, "steps between checkpoints", least=1, free=True, pretrained=1000)
     keep: int = setting(2, "checkpoints kept", least=1, free=True)
     device: str = setting("auto", "auto, cpu, cuda", choices=("auto", "cpu", "cuda"), **RUN)
-    dtype: str = setting("auto", "autocast (auto: bfloat16 on a GPU; rl with score: float32)",
-                         choices=("auto", "float32", "bfloat16"), own=True)
+    dtype: str = setting("auto", "autocast (auto: bfloat16 on a GPU; rl with score: float32)", own=True,
+                         choices=("auto", "float32", "bfloat16"))
     compile: str = setting("auto", "torch.compile of the blocks (auto: on a GPU)", **AUTO, **RUN)
-    activation_checkpointing: str = setting("auto", "repeat wide passes in backward (auto: on a GPU)", **AUTO, free=True)
+    activation_checkpointing: str = setting("auto", "repeat wide passes in backward (auto: on a GPU)", **AUTO,
+                                            free=True)
     threads: int = setting(0, "CPU threads (0: torch's choice)", **RUN)
 
 
@@ -140,8 +138,8 @@ SECTIONS = {"stage": "run", "hidden_size": "model from nothing", "thoughts_per_s
 
 
 def defaults(case):
-    """The settings whose default differs in a case: chain (--data chain, from nothing: every question shows its
-    steps, so fewer epochs do) or pretrained (--init with a Hugging Face LLaMA: the paper's recipe)."""
+    """The settings whose default differs in a case: chain (--data chain, where every question shows its steps, so
+    that fewer epochs do) or pretrained (--init with a Hugging Face LLaMA: the paper's recipe)."""
     return {name: f.metadata[case] for name, f in FIELDS.items() if case in f.metadata}
 
 
@@ -150,9 +148,8 @@ def help_text():
     for name, f in FIELDS.items():
         if name in SECTIONS:
             lines.append(f"{SECTIONS[name]}:")
-        show = lambda case: str(f.metadata.get(case, ""))
-        values = f"{f.default!s:>9}{show('chain'):>7}{show('pretrained'):>12}"
-        lines.append(f"  --{name:<25}{values}  {f.metadata['note']}")
+        chain, pretrained = (str(f.metadata.get(case, "")) for case in ("chain", "pretrained"))
+        lines.append(f"  --{name:<25}{f.default!s:>9}{chain:>7}{pretrained:>12}  {f.metadata['note']}")
     return "\n".join(lines)
 
 
@@ -177,10 +174,9 @@ def parse(argv):
 
 def resolve(given):
     """The Config of a run: the defaults, then those of the case or of the checkpoint continued, then the flags."""
-    init = given.get("init", "")
+    init, values = given.get("init", ""), {}
     if not init and given.get("stage") == "rl":
         init = str(Path(given.get("out_dir", "out")) / "vae")
-    values = {}
     if init and not Path(init).is_dir():
         mend = "" if "init" in given else " (train it with --stage vae first)"
         raise FileNotFoundError(f"--init {init}: no such directory{mend}")
@@ -190,8 +186,8 @@ def resolve(given):
             values["max_steps"] = 3
     elif init:
         init = str(find_checkpoint(init))
-        saved = read_state(init)["config"]
-        values = {k: v for k, v in saved.items() if k in FIELDS and not FIELDS[k].metadata.get("own")}
+        values = {k: v for k, v in read_state(init)["config"].items()
+                  if k in FIELDS and not FIELDS[k].metadata.get("own")}
         values["baseline"] = 0  # it would not begin from nothing
     elif given.get("data") == "chain":
         values = defaults("chain")
@@ -209,40 +205,37 @@ def check(cfg):
         kinds = (int, float) if f.type is float else (f.type,)
         if type(value) not in kinds or value not in f.metadata.get("choices", (value,)):
             raise ValueError(f"--{name} cannot be {value!r}")
-        if f.type in (int, float) and not least <= value < float("inf"):
+        if f.type in (int, float) and not least <= value < math.inf:
             raise ValueError(f"--{name} must be at least {least}, not {value}")
     if cfg.hidden_size % (2 * cfg.heads):
         raise ValueError(f"--hidden_size {cfg.hidden_size} must be a multiple of twice --heads {cfg.heads}")
     if cfg.minibatch % cfg.questions_per_step or (cfg.questions_per_step * cfg.group) % cfg.minibatch:
-        raise ValueError(f"--minibatch {cfg.minibatch} must be --questions_per_step {cfg.questions_per_step} times a "
-                         f"divisor of --group {cfg.group}: a step takes as many rollouts of every question")
+        raise ValueError(f"--minibatch {cfg.minibatch} must be --questions_per_step {cfg.questions_per_step} times "
+                         f"a divisor of --group {cfg.group}: a step takes as many rollouts of every question")
     for part, needs in (("vae", "head"), ("stop", "latent"), ("decode", "latent")):
         if getattr(cfg, part) == "yes" and not METHODS[cfg.method][needs]:
             raise ValueError(f"--{part} yes does not go with --method {cfg.method}")
     if cfg.thoughts_per_step * cfg.max_steps >= cfg.context:
-        raise ValueError(f"--thoughts_per_step {cfg.thoughts_per_step} times --max_steps {cfg.max_steps}: no room in "
-                         f"--context {cfg.context}")
+        raise ValueError(f"--thoughts_per_step {cfg.thoughts_per_step} times --max_steps {cfg.max_steps}: no room "
+                         f"in --context {cfg.context}")
 
 
 # --- set-up ---
 
 class Run:
-    """What a stage works with: processes, device, folder, log. begin() adds model, data and state."""
+    """What a stage works with: processes, device, folder, log. begin() adds model, tokenizer, data and state."""
 
     def __init__(self, cfg, name):
-        self.cfg, self.name = cfg, name
+        self.cfg, self.name, self.dir = cfg, name, Path(cfg.out_dir) / name
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.main = self.rank == 0
-        self.device = device_of(cfg.device)
+        self.main, self.device = self.rank == 0, device_of(cfg.device)
         gpu = self.device.type == "cuda"
+        on = lambda value: value == "yes" or (value == "auto" and gpu)
+        self.compile, self.activation_checkpointing = on(cfg.compile), on(cfg.activation_checkpointing)
         # a density is a sum over d, in which bfloat16 or TF32 would move every ratio out of the clip
         exact = name == "rl" and cfg.latent_grad == "score" and cfg.dtype == "auto"
         self.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and gpu and not exact)
         torch.set_float32_matmul_precision("highest" if exact or cfg.dtype == "float32" else "high")
-        self.compile = cfg.compile == "yes" or (cfg.compile == "auto" and gpu)
-        repeat = cfg.activation_checkpointing
-        self.activation_checkpointing = repeat == "yes" or (repeat == "auto" and gpu)
-        self.dir = Path(cfg.out_dir) / name
         self.signal = 0  # number of a signal that asks the run to stop
 
     def autocast(self):
@@ -250,10 +243,8 @@ class Run:
 
     def wrap(self, module):
         """DDP, where there are several processes."""
-        if self.world == 1:
-            return module
         devices = [self.device.index] if self.device.type == "cuda" else None
-        return DDP(module, device_ids=devices, gradient_as_bucket_view=True)
+        return module if self.world == 1 else DDP(module, device_ids=devices, gradient_as_bucket_view=True)
 
     def no_sync(self, ddp, more):
         """Gradients are averaged over processes once, at the last micro-batch: not while there are `more`."""
@@ -261,34 +252,30 @@ class Run:
 
     def mean(self, values):
         """Dict of numbers or tensors of one number -> dict of floats, averaged over processes."""
-        if not values:
-            return {}
-        t = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values.values()])
+        numbers = [torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values.values()]
+        t = torch.stack(numbers) if numbers else torch.zeros(0)
         if self.world > 1:
             dist.all_reduce(t)
         return dict(zip(values, (t / self.world).tolist()))
 
-    def largest(self, values):
-        """Likewise, the largest of all processes'."""
-        t = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values.values()])
-        if self.world > 1:
-            dist.all_reduce(t, dist.ReduceOp.MAX)
-        return dict(zip(values, t.tolist()))
-
     def log(self, **values):
         """Append one line to metrics.jsonl. OSError where it cannot be written."""
-        if self.main:
-            file = self.dir / "metrics.jsonl"
-            try:
+        file = self.dir / "metrics.jsonl"
+        try:
+            if self.main:
                 with open(file, "a", encoding="utf-8") as f:
                     f.write(json.dumps(values) + "\n")
-            except OSError as e:
-                raise unwritten(file, e) from None
+        except OSError as e:
+            raise unwritten(file, e) from None
 
     def say(self, text):
         if self.main:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
+
+    def bar(self, total):
+        # disable=None: quiet where there is no terminal
+        return tqdm(total=total, initial=self.state["step"], desc=self.name, disable=None if self.main else True)
 
     def memory_gb(self):
         """Peak so far: of the GPU's memory, or of the process."""
@@ -296,14 +283,10 @@ class Run:
             return round(torch.cuda.max_memory_allocated() / 2**30, 3)
         return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
 
-    def bar(self, total, initial):
-        # disable=None: quiet where there is no terminal
-        return tqdm(total=total, initial=initial, desc=self.name, disable=None if self.main else True)
-
     def clip_gradients(self, optimizer, clip, step, ids, parts):
         """The gradient norm, after clipping. FloatingPointError where it is not finite, before the weights are
         touched: it names the step, the loss parts and the examples."""
-        params = [p for g in optimizer.param_groups for p in g["params"]]
+        params = [p for group in optimizer.param_groups for p in group["params"]]
         norm = float(torch.nn.utils.clip_grad_norm_(params, clip or math.inf))
         if not math.isfinite(norm):
             parts = self.mean(parts)  # all processes are here, and say the same
@@ -314,16 +297,10 @@ class Run:
 
     @contextmanager
     def claim(self):
-        """Make the run's folder and hold it. ValueError where another run holds it."""
-        if not self.main:
-            yield
-            return
-        self.dir.mkdir(parents=True, exist_ok=True)
+        """Hold the run's folder. ValueError where another run holds it."""
         lock = os.open(self.dir, os.O_RDONLY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
-            for leftover in self.dir.glob(".tmp-*"):
-                shutil.rmtree(leftover)
             yield
         except BlockingIOError:
             raise ValueError(f"{self.dir}: another run is writing there (give another --out_dir)") from None
@@ -347,7 +324,7 @@ class Run:
 
     def asked_to_stop(self):
         """The same answer on all processes: a signal may reach them at different steps."""
-        return self.signal > 0 if self.world == 1 else self.largest({"signal": self.signal})["signal"] > 0
+        return self.signal > 0 if self.world == 1 else self.mean({"signal": self.signal})["signal"] > 0
 
 
 def unwritten(path, error):
@@ -366,9 +343,9 @@ def batch_indices(seed, step, n, size):
     return [int(permutation(seed, p // n, n)[p % n]) for p in places]
 
 
-def make_optimizer(module, cfg, weight_decay=0.0):
-    """AdamW, fused. Norms and biases (all vectors) do not decay without cfg.decay_all."""
-    params = [p for p in module.parameters() if p.requires_grad]
+def make_optimizer(model, cfg, weight_decay=0.0):
+    """AdamW. Norms and biases (all vectors) do not decay without cfg.decay_all."""
+    params = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in params if p.dim() > 1], "weight_decay": weight_decay},
               {"params": [p for p in params if p.dim() < 2], "weight_decay": weight_decay * cfg.decay_all}]
     return torch.optim.AdamW(groups, betas=(0.9, cfg.beta2), fused=True)
@@ -390,16 +367,11 @@ def build(cfg, run):
     """Model and tokenizer that cfg asks for. A checkpoint of another method gives the parts that both have; RL
     refuses parts that were never trained."""
     torch.manual_seed(generator(cfg.seed, WEIGHTS).initial_seed())
-    init = Path(cfg.init) if cfg.init else None
-    tokenizer = Tokenizer.from_pretrained(init) if init else builtin_tokenizer()
-    model = policy = None
-    if init and (init / "latent.json").is_file():
+    init, model = Path(cfg.init), None
+    tokenizer = Tokenizer.from_pretrained(init) if cfg.init else builtin_tokenizer()
+    if (init / "latent.json").is_file() and cfg.init:
         model = LatentReasoner.from_pretrained(init, device=run.device)
-        policy = model.policy
-    elif init:
-        policy = LLaMA.from_pretrained(init, device=run.device)
-    if init:
-        check_vocabulary(tokenizer, policy, init)
+        check_vocabulary(tokenizer, model.policy, init)
     tokenizer.add_special(START, END)
     start, end = tokenizer.token_id(START), tokenizer.token_id(END)
     parts = dict(METHODS[cfg.method])
@@ -417,44 +389,48 @@ def build(cfg, run):
         return model.to(run.device), tokenizer
     if cfg.stage == "rl":
         raise ValueError(f"--stage rl starts from a checkpoint of --stage vae; {init} is a bare LLaMA")
-    policy = policy or LLaMA(LLaMAConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=cfg.hidden_size, intermediate_size=cfg.intermediate_size,
-        num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads, num_key_value_heads=cfg.heads,
-        head_dim=cfg.hidden_size // cfg.heads, max_position_embeddings=cfg.context, eos_token_id=tokenizer.eos_id))
+    if cfg.init:
+        policy = LLaMA.from_pretrained(init, device=run.device)
+        if end > policy.config.vocab_size + 1:
+            check_vocabulary(tokenizer, policy, init)
+    else:
+        policy = LLaMA(LLaMAConfig(
+            tokenizer.vocab_size, cfg.hidden_size, cfg.intermediate_size, cfg.layers, cfg.heads, cfg.heads,
+            cfg.hidden_size // cfg.heads, max_position_embeddings=cfg.context, eos_token_id=tokenizer.eos_id))
     like = tokenizer.encode_ordinary("<<")  # what a step begins with
     policy.add_tokens([start, end], like[0] if len(like) == 1 else None)
     return LatentReasoner(policy, latent).to(run.device), tokenizer
 
 
 def read_data(run, split):
-    """Encoded examples of a split; what is left out is counted and said. Only to imitate steps takes questions that
-    show them: RL and validation use all, and so does answer-only training."""
-    cfg, name = run.cfg, run.name
+    """Encoded examples of a split. Only to imitate steps takes questions that show them: RL and validation use all,
+    and so does answer-only training. What is left out is counted and said."""
+    cfg, data = run.cfg, run.cfg.data
     context = min(cfg.context, run.model.policy.config.max_position_embeddings)
-    fits, long = encode_all(load(cfg.data, split, cfg.data_dir), run.tokenizer, context)
-    imitates = split == "train" and name != "rl" and cfg.method != "nocot"
+    fits, long = encode_all(load(data, split, cfg.data_dir), run.tokenizer, context)
+    imitates = split == "train" and run.name != "rl" and cfg.method != "nocot"
     usable = [e for e in fits if e.steps or not imitates]
     if long or len(usable) < len(fits):
-        run.say(f"{cfg.data} {split}: left out {long} examples longer than {context} tokens "
+        run.say(f"{data} {split}: left out {long} examples longer than {context} tokens "
                 f"and {len(fits) - len(usable)} without steps")
     if not usable:
         mend = " (--method nocot needs no steps)" if imitates and fits else ""
-        raise ValueError(f"--data {cfg.data}: no example of split {split} is left{mend}")
+        raise ValueError(f"--data {data}: no example of split {split} is left{mend}")
     shown = usable[:cfg.annotated or None] if imitates else usable
     if len(shown) < len(usable):
-        run.say(f"{name}: imitates the first {len(shown)} of {len(usable)} training questions (--annotated)")
+        run.say(f"{run.name}: imitates the first {len(shown)} of {len(usable)} training questions (--annotated)")
     return shown
 
 
 # --- checkpoints ---
 
 def save_checkpoint(run, optimizer):
-    """A complete folder step-N, written under another name, flushed, then renamed. The newest cfg.keep and the best by
-    validation are kept, and AdamW's state in the newest. OSError where it cannot be written: the earlier ones stand."""
+    """A complete folder step-N, written under another name, flushed, then renamed. OSError where it cannot be
+    written: the earlier ones stand."""
     if not run.main:
         return
     final = run.dir / f"step-{run.state['step']:07d}"
-    tmp = run.dir / f".tmp-{run.state['step']:07d}"
+    tmp = run.dir / f".tmp-{final.name}"
     names = {p: n for n, p in run.model.named_parameters()}
     tensors = {f"{key}.{names[p]}": v.reshape(-1) if v.dim() == 0 else v
                for p, s in optimizer.state.items() for key, v in s.items()}
@@ -464,7 +440,8 @@ def save_checkpoint(run, optimizer):
         save_tensors(tensors, tmp / "optimizer.safetensors")
         write_json(tmp / "train.json", {"config": dataclasses.asdict(run.cfg), **run.state})
         os.replace(tmp, final)
-        flush(run.dir)
+        os.fsync(folder := os.open(run.dir, os.O_RDONLY))  # the rename is on disk
+        os.close(folder)
     except OSError as e:
         shutil.rmtree(tmp, ignore_errors=True)
         raise unwritten(final, e) from None
@@ -472,7 +449,7 @@ def save_checkpoint(run, optimizer):
 
 
 def tidy(run):
-    """Delete checkpoints that are not to be kept, and the optimizer of all but the newest."""
+    """Keep the newest cfg.keep checkpoints and the best by validation, and AdamW's state in the newest alone."""
     found = sorted(run.dir.glob("step-*"))
     for ckpt in found[:-1]:
         if ckpt in found[-run.cfg.keep:] or int(ckpt.name[5:]) == run.state["best"].get("step"):
@@ -488,21 +465,11 @@ def remove(ckpt):
     shutil.rmtree(hidden)
 
 
-def flush(folder):
-    """Have a rename in `folder` on disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def load_optimizer(optimizer, model, ckpt):
     by_name = dict(model.named_parameters())
     for key, v in load_file(ckpt / "optimizer.safetensors").items():
         kind, name = key.split(".", 1)
-        p = by_name[name]
-        optimizer.state[p][kind] = (v.reshape(()) if kind == "step" else v).to(p.device)
+        optimizer.state[by_name[name]][kind] = (v.reshape(()) if kind == "step" else v).to(by_name[name].device)
 
 
 def resumed(cfg, given, folder):
@@ -526,10 +493,8 @@ def cut_metrics(file, step):
     """Drop what was logged after a step, or cut by a kill. ValueError for a line that is none of ours."""
     kept = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            break
         try:
-            if json.loads(line)["step"] <= step:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
                 kept.append(line)
         except (ValueError, TypeError, KeyError):
             raise ValueError(f"{file}:{number}: not a line of metrics (JSON with a step); delete it") from None
@@ -539,30 +504,31 @@ def cut_metrics(file, step):
 
 @contextmanager
 def begin(cfg, name, given):
-    """The Run of a stage, new or resumed, with its model, tokenizer, data and state. A new run takes the place of an
-    earlier one in its folder, but only here, when nothing can be wrong with the settings any more. The folder is the
-    run's, and signals are deferred, until the `with` block ends."""
+    """The Run of a stage, new or resumed. A new run takes the place of an earlier one in its folder, but only when
+    nothing can be wrong with the settings any more. The folder is its own, and signals are deferred, until the
+    `with` block ends."""
     folder = Path(cfg.out_dir) / name
     cfg, ckpt, state = resumed(cfg, given, folder)
     run = Run(cfg, name)
-    run.resumed, run.state = ckpt, state
+    run.resumed, run.state, metrics = ckpt, state, folder / "metrics.jsonl"
     if not ckpt and cfg.init and Path(cfg.init).resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"--init {cfg.init} is in {folder}, which this run replaces: give another --out_dir")
-    size, flag = (cfg.questions_per_step, "questions_per_step") if name == "rl" else (cfg.batch_size, "batch_size")
-    if run.world > size:
-        raise ValueError(f"--{flag} {size} is smaller than the number of processes {run.world}")
+    flag = "questions_per_step" if name == "rl" else "batch_size"
+    if run.world > getattr(cfg, flag):
+        raise ValueError(f"--{flag} {getattr(cfg, flag)} is smaller than the number of processes {run.world}")
     run.model, run.tokenizer = build(dataclasses.replace(cfg, init=str(ckpt)) if ckpt else cfg, run)
     for llama in run.model.llamas():
         llama.activation_checkpointing = run.activation_checkpointing
         if run.compile:
             llama.compile_blocks()
     run.train, run.valid = read_data(run, "train"), read_data(run, "valid")[:cfg.eval_size]
-    with run.claim(), run.deferred_signals():
-        metrics = folder / "metrics.jsonl"
-        if ckpt:
-            run.say(f"{name}: resumed at step {state['step']} of {ckpt}")
-        elif cfg.resume:
-            run.say(f"{name}: nothing to resume in {folder}: it begins")
+    folder.mkdir(parents=True, exist_ok=True)
+    with run.claim() if run.main else nullcontext(), run.deferred_signals():
+        for leftover in folder.glob(".tmp-*") if run.main else ():
+            shutil.rmtree(leftover)
+        if ckpt or cfg.resume:
+            run.say(f"{name}: resumed at step {state['step']} of {ckpt}" if ckpt else
+                    f"{name}: nothing to resume in {folder}: it begins")
         if run.main and ckpt:
             tidy(run)
             if metrics.exists():
@@ -584,13 +550,14 @@ def validate(run, stage):
     share = len(mine) * run.world / len(run.valid)
     figures = run.mean({k: v * share for k, v in figures.items() if k != "n"})
     run.model.train()
-    run.log(step=run.state["step"], stage=stage, valid=figures)
+    step, best = run.state["step"], run.state["best"]
+    run.log(step=step, stage=stage, valid=figures)
     shown = ", ".join(f"{k} {v:.3f}" for k, v in figures.items())
-    run.say(f"{run.name} step {run.state['step']} stage {stage}: validation {shown}")
-    if figures["accuracy"] <= run.state["best"].get("accuracy", -1):
-        return False
-    run.state["best"] = {"step": run.state["step"], "accuracy": figures["accuracy"]}
-    return True
+    run.say(f"{run.name} step {step} stage {stage}: validation {shown}")
+    better = figures["accuracy"] > best.get("accuracy", -1)
+    if better:
+        best |= {"step": step, "accuracy": figures["accuracy"]}
+    return better
 
 
 def save_if_due(run, optimizer, better, total):
@@ -662,9 +629,11 @@ def fit_micro_batch(run, stage):
             losses = batch = None
             run.model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
-    size = -int(run.largest({"size": -size})["size"])
-    run.say(f"{run.name}: stage {stage} takes {size} rows at once (--micro_batch 0, {len(held) // 2} tensors)")
-    return size
+    size = torch.tensor(size, device=run.device)
+    if run.world > 1:
+        dist.all_reduce(size, dist.ReduceOp.MIN)
+    run.say(f"{run.name}: stage {stage} takes {int(size)} rows at once (--micro_batch 0)")
+    return int(size)
 
 
 def start_stage(run, stage, new):
@@ -689,7 +658,7 @@ def train_supervised(cfg, name, given):
         run.say(f"{name}: {cfg.method}, {size:.2f} M parameters, {len(run.train)} examples, {total} steps of "
                 f"{cfg.batch_size} (" + ", ".join(f"stage {s}: {b - a}" for s, a, b in stages) + ")")
         weights = {"answer": 1.0, "stop": 1.0, "decode": cfg.decode_coef, "kl": cfg.beta_kl}
-        bar, optimizer = run.bar(total, state["step"]), None
+        bar, optimizer = run.bar(total), None
         for step in range(state["step"], total):
             stage, first, end = next(s for s in stages if step < s[2])
             if step == first > 0 and first == text_steps and model.decoder is not None:
@@ -735,10 +704,8 @@ def make_reference(run):
                                 "wherever it is now)")
     start = LatentReasoner.from_pretrained(init, device=run.device, decode=False).reconfigured(latent)[0]
     start.requires_grad_(False)
-    digest = hashlib.sha256()
-    for p in start.parameters():
-        digest.update(p.cpu().numpy())
-    if run.state.setdefault("start", digest.hexdigest()) != digest.hexdigest():
+    trained = read_state(init)
+    if run.state.setdefault("start", trained) != trained:
         raise ValueError(f"{init} is not the checkpoint that this run began with, from which --kl_coef takes the KL; "
                          "name that by --init, or begin anew without --resume")
     if run.compile:
@@ -769,7 +736,7 @@ def train_rl(cfg, name, given):
             state["skipped"] = 0
             validate(run, "rl")  # to be kept, a checkpoint must be better
             state["best"].pop("step", None)
-        bar = run.bar(total, state["step"])
+        bar = run.bar(total)
         for step in range(state["step"], total):
             chosen = batch_indices(cfg.seed + (RL_ORDER << 32), step, len(run.train), Q)
             lr = lr_at(step, 0, total, cfg.rl_lr, cfg.rl_min_lr, step, cfg.rl_warmup)

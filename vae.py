@@ -16,6 +16,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from reprlib import repr as short
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -101,6 +102,11 @@ def gaussian_kl(mu, logvar):
     return 0.5 * (mu**2 + logvar.exp() - logvar - 1).mean(dim=-1)
 
 
+def masked_mean(x, mask):
+    """Mean (B,) over the places of x (B, ...) where the mask is set; 0 where there are none."""
+    return (x * mask).flatten(1).sum(dim=1) / mask.flatten(1).sum(dim=1).clamp(min=1)
+
+
 def last(h, valid):
     """Hidden state (B, d) at the last valid position of each right-padded row of h (B, T, d)."""
     return h[torch.arange(len(h), device=h.device), valid.sum(dim=1) - 1]
@@ -109,8 +115,9 @@ def last(h, valid):
 def pad(rows, value=0):
     """Lists of ids -> a right-padded int64 tensor (B, T), and the bool mask of what is no padding."""
     width = max([1, *map(len, rows)])
-    ids = torch.tensor([row + [value] * (width - len(row)) for row in rows], dtype=torch.long).view(-1, width)
-    return ids, first(torch.tensor([len(row) for row in rows], dtype=torch.long), width)
+    ids = torch.tensor([row + [value] * (width - len(row)) for row in rows], dtype=torch.long)
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
+    return ids.view(-1, width), first(lengths, width)
 
 
 def generator(*ids):
@@ -130,95 +137,82 @@ def device_of(name):
 
 def moved(record, device):
     """A dataclass with its tensors on `device`."""
-    move = lambda v: v.to(device, non_blocking=True) if torch.is_tensor(v) else v
-    return type(record)(**{f.name: move(getattr(record, f.name)) for f in fields(record)})
+    values = {f.name: getattr(record, f.name) for f in fields(record)}
+    return type(record)(**{k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v
+                           for k, v in values.items()})
 
 
 # --- batches of the supervised stage ---
 
 @dataclass
 class Batch:
-    """One micro-batch. A weight is that of a term in the loss of the global batch, so that the losses and gradients
-    of micro-batches and processes add up. Places are known here, on the CPU: a GPU is never asked for them."""
+    """One micro-batch. Losses are weighed as parts of the global batch's mean, so that they and their gradients add
+    up. All places are found here, on the CPU: a GPU is never asked for them."""
 
-    prefix: torch.Tensor         # (B, S) question and <|start-latent|>; text methods: question and text
-    prefix_valid: torch.Tensor   # (B, S) bool
-    text: torch.Tensor           # (B, T) <|end-latent|>, remaining steps, answer; text methods: = prefix
-    text_valid: torch.Tensor     # (B, T) bool
-    answer_at: torch.Tensor      # (M,) places in the flat (B * T) where a token is asked for
-    answer: torch.Tensor         # (M,) that token
-    answer_weight: torch.Tensor  # (M,)
-    steps: torch.Tensor          # (B,) latent steps
-    max_steps: int               # their maximum, N
-    step_weight: torch.Tensor    # (B, N)
-    stop_target: torch.Tensor    # (B, N + 1) 0 continue, 1 stop
-    stop_weight: torch.Tensor    # (B, N + 1)
-    decode: torch.Tensor         # (P, U) text of the latent steps, <eos> included
-    decode_valid: torch.Tensor   # (P, U) bool
-    decode_row: torch.Tensor     # (P,) whose step it is
-    decode_step: torch.Tensor    # (P,) which step
-    decode_at: torch.Tensor      # (L,) places in the flat (P * U) that hold a token
-    decode_weight: torch.Tensor  # (L,)
-    noise: torch.Tensor | None = None  # (B, N or N + 1, c, d) of the latents
+    prefix: torch.Tensor        # (B, S) question and <|start-latent|>; text methods: question and text
+    prefix_valid: torch.Tensor  # (B, S) bool
+    text: torch.Tensor          # (B, T) <|end-latent|>, remaining steps, answer; text methods: = prefix
+    text_valid: torch.Tensor    # (B, T) bool
+    answer_at: torch.Tensor     # (M,) places in the flat (B * T) where a token is asked for
+    answer: torch.Tensor        # (M,) that token
+    answer_share: float         # 1 / tokens asked for in the global batch
+    share: float                # 1 / examples of the global batch
+    steps: torch.Tensor         # (B,) latent steps
+    max_steps: int              # their maximum, N
+    stops: torch.Tensor         # (B,) bool: the plan ends here, and the stop head must say so
+    decode: torch.Tensor        # (P, U) text of the latent steps, <eos> included
+    decode_valid: torch.Tensor  # (P, U) bool
+    decode_z: torch.Tensor      # (P,) places in the flat (B * N) of those steps
+    decode_at: torch.Tensor     # (L,) places in the flat (P * U) that hold a token
+    decode_share: torch.Tensor  # (L,) share / steps of the row
+    noise: torch.Tensor | None  # (B, N or N + 1, c, d) of the latents
 
 
 def remaining_text(example, config, stage):
     """Token ids after the latents: the steps that are still text, and the answer."""
-    done = config.method == "nocot" or (config.latent and stage >= config.max_steps)
     # where all allowed steps are latent, the last one stands for all the rest
+    done = config.method == "nocot" or (config.latent and stage >= config.max_steps)
     steps = [] if done else example.steps[config.latent_steps(example, stage):]
-    return [token for step in steps for token in step] + example.answer
+    return sum(steps, []) + example.answer
 
 
-def decoded_texts(example, config, n):
-    """What each of the n latent steps of an example must decode to, as token ids with <eos>. The last allowed step
-    stands for all the rest. An idle step, beyond those of the example, decodes the answer (SIM-CoT's code)."""
-    texts = []
-    for k in range(n):
-        steps = example.steps[k:] if k == config.max_steps - 1 else example.steps[k:k + 1]
-        words = [token for step in steps for token in step]
-        texts.append(words + [config.eos_id] if words else example.answer)
-    return texts
+def decoded_text(example, config, k):
+    """Token ids that latent step k must decode to. The last allowed step stands for all the rest. An idle step, beyond
+    those of the example, decodes the answer (as SIM-CoT's code has it)."""
+    steps = example.steps[k:] if k == config.max_steps - 1 else example.steps[k:k + 1]
+    return sum(steps, []) + [config.eos_id] if steps else example.answer
 
 
 def collate(examples, config, stage, noise=None, total_examples=None, total_tokens=None):
     """A Batch of data.Encoded examples at curriculum stage `stage` (0: all text). noise: (B, K, c, d).
     total_*: of the global batch of which this is a part. Default: it is the whole."""
-    B = total_examples or len(examples)
     steps = [config.latent_steps(e, stage) for e in examples]
-    N = max(steps)
     rest = [remaining_text(e, config, stage) for e in examples]
+    N = max(steps)
     if N:
         prefix, prefix_valid = pad([e.question + [config.start_id] for e in examples])
         text, text_valid = pad([[config.end_id] + r[:-1] for r in rest])
-        before = [0] * len(examples)  # positions of the text that predict no token of it
-    else:
+        skip = [0] * len(examples)
+    else:  # the last token of the question predicts the first of the text
         prefix, prefix_valid = pad([e.question + r[:-1] for e, r in zip(examples, rest)])
         text, text_valid = prefix, prefix_valid
-        before = [len(e.question) - 1 for e in examples]
-    width = text.shape[1]
-    answer_at = [row * width + before[row] + i for row, r in enumerate(rest) for i in range(len(r))]
-    answer = [token for r in rest for token in r]
-    n, k = torch.tensor(steps)[:, None], torch.arange(N + 1)
-    step_weight = (k[:N] < n) / n.clamp(min=1) / B
-    # a stop is asked for after the last step of the example, if the plan has room for another
-    ends = torch.tensor([m == len(e.steps) and m < config.max_steps for m, e in zip(steps, examples)])
-    asked = (k < n) | ((k == n) & ends[:, None])
-    stop_weight = asked / asked.sum(dim=1, keepdim=True).clamp(min=1) / B
-    texts = [decoded_texts(e, config, m) if config.decode else [] for e, m in zip(examples, steps)]
-    flat = [(row, i, t) for row, mine in enumerate(texts) for i, t in enumerate(mine)]
-    decode, decode_valid = pad([t for _, _, t in flat])
-    U = decode.shape[1]
-    return Batch(
-        prefix, prefix_valid, text, text_valid, torch.tensor(answer_at), torch.tensor(answer),
-        torch.full((len(answer),), 1 / (total_tokens or len(answer))), n[:, 0], N, step_weight,
-        (k == n).long(), stop_weight, decode, decode_valid,
-        torch.tensor([row for row, _, _ in flat], dtype=torch.long),
-        torch.tensor([i for _, i, _ in flat], dtype=torch.long),
-        torch.tensor([p * U + i for p, (_, _, t) in enumerate(flat) for i in range(len(t))], dtype=torch.long),
-        # the log-likelihood of a step's whole text: summed over its tokens, mean over the example's steps
-        torch.tensor([1 / (steps[row] * B) for row, _, t in flat for _ in t]),
-        None if noise is None else noise[:, :N + 1])
+        skip = [len(e.question) - 1 for e in examples]
+    answer = sum(rest, [])
+    answer_at = [b * text.shape[1] + skip[b] + i for b, r in enumerate(rest) for i in range(len(r))]
+    # a stop is asked for after the last step of an example, if the plan has room for another
+    stops = [n == len(e.steps) and n < config.max_steps for n, e in zip(steps, examples)]
+    decodes = [(b, k) for b, n in enumerate(steps) for k in range(n) if config.decode]
+    words = [decoded_text(examples[b], config, k) for b, k in decodes]
+    decode, decode_valid = pad(words)
+    decode_at = [p * decode.shape[1] + i for p, w in enumerate(words) for i in range(len(w))]
+    share = 1 / (total_examples or len(examples))
+    # the log-likelihood of a step's whole text: summed over its tokens, mean over the example's steps
+    decode_share = [share / steps[b] for (b, _), w in zip(decodes, words) for _ in w]
+    places = lambda ids: torch.tensor(ids, dtype=torch.long)
+    return Batch(prefix, prefix_valid, text, text_valid, places(answer_at), places(answer),
+                 1 / (total_tokens or len(answer)), share, places(steps), N, torch.tensor(stops), decode,
+                 decode_valid, places([b * N + k for b, k in decodes]), places(decode_at),
+                 torch.tensor(decode_share), None if noise is None else noise[:, :N + 1])
 
 
 # --- rollouts ---
@@ -246,39 +240,33 @@ class Noise:
         return Noise(self.latent[rows], self.stop[rows], self.answer[rows])
 
 
-@dataclass
-class Plan:
+class Plan(NamedTuple):
     """Latent plans of up to N steps. Of row b, steps 0 .. steps[b] - 1 count."""
 
-    z: torch.Tensor            # (B, N, c, d) as fed to the policy
-    mu: torch.Tensor | None    # (B, N, c, d)
-    logvar: torch.Tensor | None  # (B, N, c, d), None where z is not sampled
-    steps: torch.Tensor        # (B,)
-    stopped: torch.Tensor      # (B,) bool: chose to stop. False: ran into the limit
+    z: torch.Tensor                   # (B, N, c, d) as fed to the policy
+    mu: torch.Tensor                  # (B, N, c, d)
+    logvar: torch.Tensor | None       # (B, N, c, d), None where z is not sampled
+    steps: torch.Tensor               # (B,)
+    stopped: torch.Tensor             # (B,) bool: chose to stop. False: ran into the limit
     stop_logits: torch.Tensor | None  # (B, N + 1, 2) at the first latent of each step, and of the next
-    stop_z: torch.Tensor | None  # (B, d) the dropped latent at which the row stopped
-
-    @property
-    def used(self):
-        """(B, N) bool: the steps that count."""
-        return first(self.steps, self.z.shape[1])
+    stop_z: torch.Tensor | None       # (B, d) the dropped latent at which the row stopped
 
 
 @dataclass
 class Rollout:
     """Questions, each answered by `group` rows. Row b answers question b // group."""
 
-    prefix: torch.Tensor        # (Q, S)
-    prefix_valid: torch.Tensor  # (Q, S)
+    prefix: torch.Tensor         # (Q, S)
+    prefix_valid: torch.Tensor   # (Q, S) bool
     group: int
-    z: torch.Tensor             # (B, N, c, d)
-    steps: torch.Tensor         # (B,)
-    stopped: torch.Tensor       # (B,) bool
-    stop_z: torch.Tensor | None  # (B, d)
-    eps: torch.Tensor | None    # (B, K, c, d): z = mu + sigma eps
-    sigma: torch.Tensor | None  # (B,) mean over the latents of a row
-    tokens: torch.Tensor        # (B, A) answer tokens, with <eos> where it came
-    lengths: torch.Tensor       # (B,) of `tokens`
+    z: torch.Tensor              # (B, N, c, d), steps (B,), stopped (B,), stop_z (B, d): see Plan
+    steps: torch.Tensor
+    stopped: torch.Tensor
+    stop_z: torch.Tensor | None
+    eps: torch.Tensor | None     # (B, K, c, d): z = mu + sigma eps
+    sigma: torch.Tensor | None   # (B,) mean over the latents of a row
+    tokens: torch.Tensor         # (B, A) answer tokens, with <eos> where it came
+    lengths: torch.Tensor        # (B,) of `tokens`
 
     def part(self, questions, members):
         """The rollouts of some members (list) of the groups of some questions (list)."""
@@ -301,16 +289,14 @@ def sample(logits, uniform=None, temperature=1.0):
     return token.clamp(max=logits.shape[1] - 1).squeeze(1)
 
 
-def generate(model, h, cache, config, max_tokens, uniform=None, temperature=1.0):
-    """Continue every row of a batch from its last hidden state h (B, d) until an end or max_tokens. With
-    uniform (B, max_tokens) tokens are sampled. Returns tokens (B, A) and lengths (B,), the end counted."""
-    eos = model.config.eos_token_id
-    ends = torch.tensor([config.eos_id, *(eos if isinstance(eos, list) else [])], device=h.device)
-    weight = model.output_weight().to(h.dtype)
+def generate(model, h, cache, vocab_size, ends, max_tokens, uniform=None, temperature=1.0):
+    """Continue every row of a batch from its last hidden state h (B, d) until one of the ids `ends` or max_tokens.
+    With uniform (B, max_tokens) tokens are sampled. Returns tokens (B, A) and lengths (B,), the end counted."""
+    weight, ends = model.output_weight().to(h.dtype), torch.tensor(ends, device=h.device)
     alive = torch.ones(len(h), dtype=torch.bool, device=h.device)
     tokens, lengths = [], torch.zeros(len(h), dtype=torch.long, device=h.device)
     for i in range(max_tokens):
-        logits = F.linear(h, weight)[:, :config.vocab_size]
+        logits = F.linear(h, weight)[:, :vocab_size]
         token = sample(logits, None if uniform is None else uniform[:, i], temperature)
         tokens.append(token * alive)
         lengths = lengths + alive
@@ -322,11 +308,10 @@ def generate(model, h, cache, config, max_tokens, uniform=None, temperature=1.0)
 
 
 def text_loss(model, h, targets, weights):
-    """sum_i w_i CE(logits of h_i, target_i) of h (M, d), targets and w (M,). Some rows at a time, and computed again
-    in backward: logits over a whole vocabulary never lie in memory at once."""
+    """sum_i w_i CE(logits of h_i, target_i) of h (M, d), targets and w (M,). Some rows at a time, computed again in
+    backward: logits over a whole vocabulary never lie in memory at once."""
     def part(h, targets, weights):
-        losses = F.cross_entropy(precise(model.logits(h)), targets, reduction="none")
-        return losses @ weights.to(losses.dtype)
+        return F.cross_entropy(precise(model.logits(h)), targets, reduction="none") @ weights
 
     rows = max(1, MAX_LOGITS[h.device.type] // model.config.vocab_size)
     if len(h) <= rows:
@@ -336,12 +321,12 @@ def text_loss(model, h, targets, weights):
 
 
 def stop_places(steps, stopped, width):
-    """Bool mask (B, width) of the step at which a row chose to stop: `steps`, or none."""
+    """Bool mask (B, width) of the step at which a row stops: `steps`, or none."""
     return (torch.arange(width, device=steps.device) == steps[:, None]) & stopped[:, None]
 
 
 def stop_terms(stop_logits, steps, stopped):
-    """log p of each stop decision taken (B, N): continue at steps 0 .. steps - 1, stop at `steps` where chosen."""
+    """log p of each stop decision (B, N): continue at steps 0 .. steps - 1, stop at `steps` where it was chosen."""
     N, logp = stop_logits.shape[1], F.log_softmax(stop_logits, dim=-1)
     return logp[..., 0] * first(steps, N) + logp[..., 1] * stop_places(steps, stopped, N)
 
@@ -368,6 +353,12 @@ class LatentReasoner(nn.Module):
     def device(self):
         return self.policy.embed_tokens.weight.device
 
+    @property
+    def ends(self):
+        """The ids that end a text: <eos>, and what else config.json has as eos_token_id."""
+        ids = self.policy.config.eos_token_id
+        return sorted({self.config.eos_id, *(ids if isinstance(ids, list) else [])})
+
     def llamas(self):
         return [llama for llama in (self.policy, self.decoder) if llama is not None]
 
@@ -385,11 +376,9 @@ class LatentReasoner(nn.Module):
         """This model with the parts that another LatentConfig asks for, and the names of those that are new."""
         model, new = LatentReasoner(self.policy, config, self.decoder if config.decode else None), []
         for name in ("latent_head", "stop_head", "decoder"):
-            if getattr(model, name) is None:
-                continue
-            if getattr(self, name) is None:
+            if getattr(model, name) is not None and getattr(self, name) is None:
                 new.append(name)
-            else:
+            elif getattr(model, name) is not None:
                 setattr(model, name, getattr(self, name))
         return model, new
 
@@ -403,101 +392,95 @@ class LatentReasoner(nn.Module):
     def draw(self, h, eps):
         """z, mu, logvar (B, d) of the latent after hidden state h. eps (B, d), or None for z = mu."""
         mu, logvar = self.latent(h)
-        z = mu if logvar is None or eps is None else mu + torch.exp(0.5 * logvar) * eps
-        return z, mu, logvar
+        return mu if logvar is None or eps is None else mu + torch.exp(0.5 * logvar) * eps, mu, logvar
 
     def think(self, h, cache, steps=None, max_steps=None, eps=None, uniform=None):
         """The chain of latents, one position at a time, from h (B, d) at <|start-latent|>. Returns a Plan.
 
-        steps (B,) with their maximum `max_steps`: how many each row gets (training). Else the stop head decides, or
-        every row gets K without one. eps (B, K, c, d): noise of the latents. None: z = mu. uniform (B, K): samples the
-        stops. None: a row stops where p(stop) > 1/2."""
+        steps (B,), of maximum `max_steps`: how many each row gets (training). Else the stop head decides, or every
+        row gets K without one. eps (B, K, c, d): noise of the latents, None: z = mu. uniform (B, K): samples the
+        stops, None: a row stops where p(stop) > 1/2."""
         config, dtype = self.config, self.policy.embed_tokens.weight.dtype
-        decides = steps is None and config.stop
-        limit = config.max_steps if max_steps is None else max_steps
-        latents, stop_logits = [], []  # of each position: z, mu, logvar; of each step: logits
+        decides, limit = steps is None and config.stop, max_steps or config.max_steps
+        drawn, stop_logits = [], []  # of each position (z, mu, logvar), of each step (B, 2)
         alive = torch.ones(len(h), dtype=torch.bool, device=h.device)
-        taken, stopped = torch.zeros(len(h), dtype=torch.long, device=h.device), torch.zeros_like(alive)
+        taken, stopped = torch.zeros_like(alive, dtype=torch.long), torch.zeros_like(alive)
         stop_z = torch.zeros_like(precise(h)) if config.stop else None
         # where the stop head is trained, it also looks at the first latent after the last step
         for k in range(limit + (config.stop and limit < config.max_steps)):
-            drawn = self.draw(h, None if eps is None else eps[:, k, 0])
+            latent = self.draw(h, None if eps is None else eps[:, k, 0])
             if config.stop:
-                stop_logits.append(precise(self.stop_head(drawn[0].to(dtype))))
+                stop_logits.append(precise(self.stop_head(latent[0].to(dtype))))
             if decides:
                 p = stop_logits[-1].softmax(dim=-1)[:, 1]
                 stop = alive & (p > (0.5 if uniform is None else uniform[:, k]))
-                stopped, stop_z = stopped | stop, torch.where(stop[:, None], precise(drawn[0]), stop_z)
+                stopped, stop_z = stopped | stop, torch.where(stop[:, None], precise(latent[0]), stop_z)
                 alive = alive & ~stop
-                if not alive.any():
-                    break
-            elif k == limit:
-                break
             elif steps is not None:
                 alive = k < steps
+            if k == limit or (decides and not alive.any()):
+                break
             taken = taken + alive
             for j in range(config.thoughts_per_step):
-                if j > 0:
-                    drawn = self.draw(h, None if eps is None else eps[:, k, j])
-                latents.append(drawn)
-                h = self.policy.hidden(embeds=drawn[0].to(dtype)[:, None], cache=cache, valid=alive[:, None])[:, 0]
-        return self.plan(latents, stop_logits, taken, stopped, stop_z, h)
-
-    def plan(self, latents, stop_logits, taken, stopped, stop_z, h):
-        """The Plan of what `think` has drawn: per position z, mu, logvar (B, d), per step stop logits (B, 2)."""
-        c, d = self.config.thoughts_per_step, h.shape[-1]
-        stack = lambda rows: torch.stack(rows, dim=1).unflatten(1, (-1, c))                # (B, N, c, d)
-        if not latents:
-            empty = h.new_zeros(len(h), 0, c, d)
-            z, mu, logvar = empty, empty, empty
-        else:
-            z, mu, logvar = (None if rows[0] is None else stack(rows) for rows in zip(*latents))
-        if stop_logits and len(stop_logits) * c == len(latents):
+                latent = latent if j == 0 else self.draw(h, None if eps is None else eps[:, k, j])
+                drawn.append(latent)
+                z = latent[0].to(dtype)[:, None]
+                h = self.policy.hidden(embeds=z, cache=cache, valid=alive[:, None])[:, 0]
+        if stop_logits and len(stop_logits) * config.thoughts_per_step == len(drawn):
             stop_logits.append(torch.zeros_like(stop_logits[0]))  # nothing was decided there
-        logits = torch.stack(stop_logits, dim=1) if stop_logits else None                  # (B, N + 1, 2)
-        return Plan(z, mu, logvar if self.config.vae else None, taken, stopped, logits, stop_z)
+        return Plan(*self.stacked(drawn, h), taken, stopped,
+                    torch.stack(stop_logits, dim=1) if stop_logits else None, stop_z)
+
+    def stacked(self, drawn, h):
+        """z, mu, logvar (B, N, c, d) of what was drawn at each position, (B, d) each."""
+        c = self.config.thoughts_per_step
+        if not drawn:
+            none = precise(h).new_zeros(len(h), 0, c, h.shape[1])
+            return none, none, none if self.config.vae else None
+        return [None if rows[0] is None else torch.stack(rows, dim=1).unflatten(1, (-1, c)) for rows in zip(*drawn)]
 
     def forward(self, batch):
         """Loss parts of a Batch (paper, section 3.2): answer, decode, stop, kl. Each is this micro-batch's share of
         the global batch's mean. Gradients flow through the whole chain of latents."""
-        losses, policy = {}, self.policy
-        if batch.max_steps == 0:
+        losses, policy, N = {}, self.policy, batch.max_steps
+        if N == 0:
             h = policy.hidden(batch.prefix, valid=batch.prefix_valid)
         else:
-            width = batch.text.shape[1]
-            cache = KVCache(batch.max_steps * self.config.thoughts_per_step + width)
+            widths = batch.prefix.shape[1], batch.text.shape[1]
+            cache = KVCache(N * self.config.thoughts_per_step + widths[1])
             # one look-up, since the gradient of each is as large as the table
-            embeds = policy.embed_tokens(torch.cat((batch.prefix, batch.text), dim=1))
-            prefix, text = embeds.split((batch.prefix.shape[1], width), dim=1)
+            prefix, text = policy.embed_tokens(torch.cat((batch.prefix, batch.text), dim=1)).split(widths, dim=1)
             h = policy.hidden(embeds=prefix, cache=cache, valid=batch.prefix_valid)
-            plan = self.think(last(h, batch.prefix_valid), cache, batch.steps, batch.max_steps, batch.noise)
+            plan = self.think(last(h, batch.prefix_valid), cache, batch.steps, N, batch.noise)
             h = policy.hidden(embeds=text, cache=cache, valid=batch.text_valid)
             if self.config.stop:
-                ce = F.cross_entropy(plan.stop_logits.transpose(1, 2), batch.stop_target, reduction="none")
-                losses["stop"] = (ce * batch.stop_weight).sum()
+                stops = stop_places(batch.steps, batch.stops, N + 1)
+                ce = F.cross_entropy(plan.stop_logits.transpose(1, 2), stops.long(), reduction="none")
+                losses["stop"] = masked_mean(ce, stops | first(batch.steps, N + 1)).sum() * batch.share
             if plan.logvar is not None:
-                losses["kl"] = (gaussian_kl(plan.mu, plan.logvar).mean(dim=2) * batch.step_weight).sum()
+                kl = gaussian_kl(plan.mu, plan.logvar).mean(dim=2)
+                losses["kl"] = masked_mean(kl, first(batch.steps, N)).sum() * batch.share
             if self.decoder is not None:
                 losses["decode"] = self.decode_loss(plan.z, batch)
         h = h.flatten(0, 1).index_select(0, batch.answer_at)  # the vocabulary only where a token is asked for
-        losses["answer"] = text_loss(policy, h, batch.answer, batch.answer_weight)
+        weights = torch.full_like(batch.answer, batch.answer_share, dtype=precise(h).dtype)
+        losses["answer"] = text_loss(policy, h, batch.answer, weights)
         return losses
 
     def decode_loss(self, z, batch):
         """The decoder's log-likelihood of each step's text, given its latents: all steps in one pass."""
         embed, c = self.decoder.embed_tokens, z.shape[2]
-        latents = z[batch.decode_row, batch.decode_step].to(embed.weight.dtype)             # (P, c, d)
+        latents = z.flatten(0, 1).index_select(0, batch.decode_z).to(embed.weight.dtype)   # (P, c, d)
         inputs = torch.cat((latents, embed(batch.decode[:, :-1])), dim=1)
         valid = F.pad(batch.decode_valid[:, 1:], (c, 0), value=True)  # all words but the last are read
         h = self.decoder.hidden(embeds=inputs, valid=valid)[:, c - 1:].flatten(0, 1)
-        h = h.index_select(0, batch.decode_at)
-        targets = batch.decode.flatten().index_select(0, batch.decode_at)
-        return text_loss(self.decoder, h, targets, batch.decode_weight)
+        h, targets = (t.index_select(0, batch.decode_at) for t in (h, batch.decode.flatten()))
+        return text_loss(self.decoder, h, targets, batch.decode_share.to(precise(h).dtype))
 
     @torch.no_grad()
     def rollout(self, questions, group=1, noise=None, max_tokens=16, temperature=1.0, latent_temperature=1.0):
         """Answer each question (lists of ids as in data.Encoded) `group` times. The question is read once for its
-        whole group. noise: a Noise for Q x group rows. None: greedy (z = mu, stop where p(stop) > 1/2, argmax; paper,
+        whole group. noise: a Noise for Q x group rows, None: greedy (z = mu, stop where p(stop) > 1/2, argmax; paper,
         section 4). temperature: of answer tokens, 0: argmax. latent_temperature: times sigma. Text methods write
         their chain of thought: raise max_tokens."""
         config, device = self.config, self.device
@@ -508,54 +491,44 @@ class LatentReasoner(nn.Module):
         latents = config.max_steps * config.thoughts_per_step + 1 if config.latent else 0
         cache = KVCache(latents + max_tokens, group)
         h = last(self.policy.hidden(prefix, cache=cache, valid=valid), valid).repeat_interleave(group, dim=0)
+        none = torch.zeros(len(h), dtype=torch.long, device=device)
+        plan = Plan(*self.stacked([], h), none, none.bool(), None, None)
         if config.latent:
             plan = self.think(h, cache, eps=eps, uniform=noise and noise.stop)
-            end = torch.full((len(h), 1), config.end_id, device=device)
-            h = self.policy.hidden(end, cache=cache)[:, 0]
-        else:
-            none = torch.zeros(len(h), dtype=torch.long, device=device)
-            plan = self.plan([], [], none, none.bool(), None, h)
-        tokens, lengths = generate(self.policy, h, cache, config, max_tokens, noise and noise.answer, temperature)
+            h = self.policy.hidden(none[:, None] + config.end_id, cache=cache)[:, 0]
+        tokens, lengths = generate(self.policy, h, cache, config.vocab_size, self.ends, max_tokens,
+                                   noise and noise.answer, temperature)
         sigma = None
-        if plan.logvar is not None and plan.logvar.numel():
-            of_step = (plan.logvar * 0.5).exp().mean(dim=(2, 3)) * plan.used
-            sigma = of_step.sum(dim=1) / plan.steps.clamp(min=1)
+        if plan.logvar is not None:
+            sigma = masked_mean((plan.logvar * 0.5).exp().mean(dim=(2, 3)), first(plan.steps, plan.z.shape[1]))
         return Rollout(prefix, valid, group, precise(plan.z), plan.steps, plan.stopped, plan.stop_z, eps, sigma,
                        tokens, lengths)
 
     # --- in words ---
 
     @torch.no_grad()
-    def decode_steps(self, z, steps, max_tokens=16, rows=512):
-        """Token ids, per row and step, of what the latents z (B, N, c, d) say in words (greedy). All used steps of
-        the batch go through the decoder together, `rows` at a time to bound memory."""
+    def plan_texts(self, z, steps, tokenizer, max_tokens=16, rows=512):
+        """Per row of z (B, N, c, d), of which `steps` (B,) count, what each latent step says in words (greedy). All
+        steps of the batch go through the decoder together, `rows` at a time to bound memory."""
         steps = steps.tolist()
-        places = [b * z.shape[1] + k for b, n in enumerate(steps) for k in range(n)]
-        flat, words = z.flatten(0, 1)[torch.tensor(places, dtype=torch.long, device=z.device)], []
-        for part in flat.to(self.decoder.embed_tokens.weight.dtype).split(rows) if places else ():
+        used = [b * z.shape[1] + k for b, n in enumerate(steps) for k in range(n)]
+        z, words = z.flatten(0, 1)[torch.tensor(used, dtype=torch.long, device=z.device)], []
+        for part in z.to(self.decoder.embed_tokens.weight.dtype).split(rows) if used else ():
             cache = KVCache(max_tokens)
             h = self.decoder.hidden(embeds=part, cache=cache)[:, -1]
-            tokens, lengths = generate(self.decoder, h, cache, self.config, max_tokens)
-            words += [self.without_end(t[:n])[0] for t, n in zip(tokens.tolist(), lengths.tolist())]
+            texts = generate(self.decoder, h, cache, self.config.vocab_size, self.ends, max_tokens)
+            words += [text.strip() for text in self.texts(*texts, tokenizer)[0]]
         words = iter(words)
         return [[next(words) for _ in range(n)] for n in steps]
 
-    def without_end(self, ids):
-        """Token ids without the end that closes them, and whether one did."""
-        eos = self.policy.config.eos_token_id
-        ends = {self.config.eos_id, *(eos if isinstance(eos, list) else [])}
-        ended = bool(ids) and ids[-1] in ends
-        return (ids[:-1] if ended else ids), ended
-
-    def plan_texts(self, z, steps, tokenizer):
-        """Per row of z (B, N, c, d), of which `steps` (B,) count, what each latent step says in words."""
-        return [[tokenizer.decode(step).strip() for step in row] for row in self.decode_steps(z, steps)]
-
     def answer_texts(self, rollout, tokenizer):
         """Text of each row's answer without the end, and whether one closed it."""
-        rows = zip(rollout.tokens.tolist(), rollout.lengths.tolist())
-        answers = [self.without_end(tokens[:n]) for tokens, n in rows]
-        return [tokenizer.decode(ids) for ids, _ in answers], [ended for _, ended in answers]
+        return self.texts(rollout.tokens, rollout.lengths, tokenizer)
+
+    def texts(self, tokens, lengths, tokenizer):
+        rows = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())]
+        ended = [bool(row) and row[-1] in self.ends for row in rows]
+        return [tokenizer.decode(row[:-1] if end else row) for row, end in zip(rows, ended)], ended
 
     # --- checkpoints: a Hugging Face LLaMA, with the decoder and the heads beside it ---
 
@@ -598,7 +571,7 @@ class LatentReasoner(nn.Module):
             raise ValueError(str(e) if str(path) in str(e) else f"{file}: {e}") from None
         if model.heads():
             file = path / "heads.safetensors"
-            check_tensors({n: (file, n, *v) for n, v in tensor_headers(file).items()}, model.heads(), file)
+            check_tensors(tensor_headers(file), model.heads(), file)
             model.load_state_dict(load_file(file), strict=False)
         return model
 

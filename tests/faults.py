@@ -1,11 +1,12 @@
 """Kill training again and again, resume it, and compare with the run that was never killed, bit for bit.
 
-    python tests/faults.py                        20 kills a stage, other process counts, 2,000 steps of memory
-    python tests/faults.py --kills 3 --soak 0     a quick look
+    python tests/faults.py                       20 kills a stage, other process counts, 2,000 steps of memory
+    python tests/faults.py --kills 3 --soak 0    a quick look
 
-The runs are real processes with the built-in task and the default model. SIGKILL comes at random moments, while a
-checkpoint is written, and in evaluation. What must be equal: every file of every checkpoint that is kept (parameters,
-optimizer state, settings) and every line of metrics.jsonl, but for clocks and memory. Exit status 1 where it is not.
+The runs are real processes on the CPU, with the built-in task and the default model. SIGKILL comes at random
+moments, while a checkpoint is written, and in evaluation. Every file of every checkpoint that is kept
+(parameters, optimizer state, settings) and every line of metrics.jsonl must be equal, but for clocks and
+memory. The exit status is 1 if one is not.
 """
 
 import argparse
@@ -26,17 +27,20 @@ CLOCKS = {"seconds", "memory_gb", "rollout_s", "score_s", "update_s"}
 STEPS = {"vae": ["--max_iters", "24", "--save_every", "4", "--eval_every", "6"],
          "rl": ["--max_iters", "12", "--save_every", "2", "--eval_every", "3"]}
 COMMON = ["--eval_size", "16", "--log_every", "1", "--threads", "1"]
-SMALL = ["--hidden_size", "32", "--layers", "2", "--heads", "2", "--intermediate_size", "48", "--max_steps", "3",
-         "--batch_size", "8", "--questions_per_step", "4", "--group", "4", "--minibatch", "16", "--eval_size", "16",
-         "--eval_every", "250", "--save_every", "250", "--log_every", "10", "--threads", "1"]
+SMALL = ["--hidden_size", "32", "--layers", "2", "--heads", "2", "--intermediate_size", "48",
+         "--max_steps", "3", "--batch_size", "8", "--questions_per_step", "4", "--group", "4",
+         "--minibatch", "16", "--eval_size", "16", "--eval_every", "250", "--save_every", "250",
+         "--log_every", "10", "--threads", "1"]
 
 
 def start(*args, processes=1):
     """A training process (torchrun's, if there are several), silent but for its errors."""
-    runner = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    runner = []
+    if processes > 1:
+        runner = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.Popen([sys.executable, *runner, str(ROOT / "train.py"), *map(str, args)], text=True,
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
 
 
 def finish(process, timeout=600):
@@ -59,7 +63,7 @@ def metrics(folder):
 
 
 def contents(ckpt):
-    """{file: bytes} of a checkpoint; what a resumed run may be called otherwise is left out of train.json."""
+    """{file: bytes} of a checkpoint, train.json parsed and without what a resumed run has otherwise."""
     files = {str(f.relative_to(ckpt)): f.read_bytes() for f in sorted(ckpt.rglob("*")) if f.is_file()}
     state = json.loads(files["train.json"])
     for name in ("resume", "out_dir"):
@@ -79,7 +83,8 @@ def differences(got, want):
     a, b = metrics(got), metrics(want)
     if a != b:
         at = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-        found.append(f"metrics.jsonl line {at + 1}: {a[at:at + 1]}, not {b[at:at + 1]} ({len(a)} and {len(b)} lines)")
+        found.append(f"metrics.jsonl line {at + 1}: {a[at:at + 1]}, not {b[at:at + 1]} "
+                     f"({len(a)} and {len(b)} lines)")
     return found
 
 
@@ -98,7 +103,7 @@ def in_evaluation(folder, every):
 
 
 def training(folder, since):
-    """Whether a run that began at `since` has got to its steps: it has written metrics.jsonl (anew, if resumed)."""
+    """Whether a run that began at `since` has got to its steps: it writes metrics.jsonl, anew if resumed."""
     try:
         return (Path(folder) / "metrics.jsonl").stat().st_mtime >= since
     except FileNotFoundError:
@@ -117,9 +122,9 @@ def temporary(folder, since):
 
 
 def kill_at(process, folder, aim, after, every):
-    """SIGKILL to a running process `after` seconds from its start (aim "any"), or from where it trains, writes a
-    checkpoint, evaluates, or has logged step `aim`. The phase in which it was hit, as what it left shows; None: it had
-    ended by itself."""
+    """SIGKILL to a running process `after` seconds from its start (aim "any"), or from the moment when it
+    trains, writes a checkpoint, evaluates, or has logged step `aim`. Returns the phase in which it was hit,
+    as what it left shows; None if it had ended by itself."""
     began = time.time()
     aims = {"any": lambda: True,
             "step": lambda: training(folder, began),
@@ -176,8 +181,8 @@ def kill_stage(stage, args, out, whole, kills, seed, seconds):
         wrong += [f"run {runs + 1}: {d}" for d in differences(folder / stage, whole)]
         runs += 1
     where = ", ".join(f"{n} in {phase}" for phase, n in sorted(phases.items()))
-    return verdict(f"{stage}: {sum(phases.values())} kills ({where}) over {runs} runs, each compared with the one "
-                   "never killed", wrong)
+    return verdict(f"{stage}: {sum(phases.values())} kills ({where}) over {runs} runs, each compared with "
+                   "the one never killed", wrong)
 
 
 def verdict(text, wrong):
@@ -206,8 +211,8 @@ def other_shape(stage, args, out, whole):
     x, y = metrics(folder / stage), metrics(whole)
     if [(r["step"], "valid" in r) for r in x] != [(r["step"], "valid" in r) for r in y]:
         wrong.append("metrics.jsonl: other steps")
-    return verdict(f"{stage}: killed as one process, resumed as two with --micro_batch 5: tensors differ by at most "
-                   f"{largest:.1g} of their largest number", wrong)
+    return verdict(f"{stage}: killed as one process, resumed as two with --micro_batch 5: tensors differ by "
+                   f"at most {largest:.1g} of their largest number", wrong)
 
 
 def resident(pid):
@@ -229,14 +234,15 @@ def soak(stage, args, folder, steps):
     share = lambda a, b: [mb for step, mb in seen if a * steps <= step < b * steps]
     early, late = median(share(0.2, 0.4)), median(share(0.8, 1.0))
     bound = 0.03 * early + 10
-    return verdict(f"{stage}: {steps} steps, {early:.1f} MB held early, {late:.1f} MB late ({late - early:+.1f}; bound "
-                   f"{bound:+.1f})", [] if late - early <= bound else ["memory grows"])
+    text = (f"{stage}: {steps} steps, {early:.1f} MB held early, {late:.1f} MB late ({late - early:+.1f}; "
+            f"bound {bound:+.1f})")
+    return verdict(text, [] if late - early <= bound else ["memory grows"])
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--kills", type=int, default=20, help="at least so many a stage (20; 0: none)")
-    p.add_argument("--soak", type=int, default=2000, help="steps of each stage over which memory is watched (2000)")
+    p.add_argument("--soak", type=int, default=2000, help="steps of each stage to watch memory over (2000)")
     p.add_argument("--stages", nargs="+", default=["vae", "rl"], choices=("vae", "rl"))
     p.add_argument("--seed", type=int, default=0, help="of the moments of the kills (0)")
     args = p.parse_args()
@@ -259,7 +265,8 @@ def main():
             curriculum = ["--cot_epochs", "0.1", "--epochs_per_stage", "0.01", "--final_epochs", "1"]
             finish(start("--stage", "vae", *SMALL, "--max_iters", 100, "--out_dir", tmp / "soak_start"))
             for stage in args.stages:
-                own = curriculum if stage == "vae" else ["--init", tmp / "soak_start" / "vae", "--rl_iters", args.soak]
+                own = ["--init", tmp / "soak_start" / "vae", "--rl_iters", args.soak]
+                own = curriculum if stage == "vae" else own
                 good.append(soak(stage, ["--stage", stage, *SMALL, *own], tmp / "soak", args.soak))
     return 0 if all(good) else 1
 

@@ -9,13 +9,16 @@ from vae import METHODS, LatentConfig, LatentReasoner
 START, END, EOS = 40, 41, 42
 
 
-def tiny(method="atp", c=2, K=3, d=16, seed=0, scale=0.3, dtype=torch.float32, **parts):
-    """A small reasoner with weights large enough that attention, rotary positions and noise all matter."""
+def tiny(method="atp", c=2, K=3, d=16, seed=0, scale=0.3, dtype=torch.float32,
+         rows=43, ends=None, **parts):
+    """A small reasoner with weights large enough that attention, rotary positions and noise all matter.
+
+    rows: of the embedding; the tokenizer knows the first 43 ids. ends: config.json's eos_token_id."""
     torch.manual_seed(seed)
-    policy = LLaMA(LLaMAConfig(vocab_size=43, hidden_size=d, intermediate_size=24, num_hidden_layers=2,
-                               num_attention_heads=4, num_key_value_heads=2, head_dim=6))
+    policy = LLaMA(LLaMAConfig(vocab_size=rows, hidden_size=d, intermediate_size=24, num_hidden_layers=2,
+                               num_attention_heads=4, num_key_value_heads=2, head_dim=6, eos_token_id=ends))
     config = LatentConfig(**{**METHODS[method], **parts}, method=method, thoughts_per_step=c, max_steps=K,
-                          start_id=START, end_id=END, eos_id=EOS)
+                          start_id=START, end_id=END, eos_id=EOS, vocab_size=43)
     model = LatentReasoner(policy, config)
     for name, p in model.named_parameters():
         if p.dim() > 1:
@@ -39,7 +42,8 @@ def examples(n, seed=0, steps=(1, 5)):
 
 def read(model, embeds):
     """Last hidden state of a list of embeddings, one uncached pass."""
-    return model.hidden(embeds=torch.stack([e.to(model.embed_tokens.weight.dtype) for e in embeds])[None])[0, -1]
+    dtype = model.embed_tokens.weight.dtype
+    return model.hidden(embeds=torch.stack([e.to(dtype) for e in embeds])[None])[0, -1]
 
 
 def embed(model, ids):
@@ -57,6 +61,12 @@ def pick(logits, u):
         if total > u * float(p.sum()):
             return i
     return len(p) - 1
+
+
+def ends(model):
+    """The ids that end a text: the tokenizer's, and all of a list in config.json."""
+    listed = model.policy.config.eos_token_id
+    return {model.config.eos_id} | set(listed if isinstance(listed, list) else [])
 
 
 def rollout(model, question, noise=None, row=0, max_tokens=16, temperature=1.0, latent_temperature=1.0):
@@ -94,11 +104,11 @@ def rollout(model, question, noise=None, row=0, max_tokens=16, temperature=1.0, 
         seq += embed(policy, [cfg.end_id])
     tokens, token_logp = [], []
     for i in range(max_tokens):
-        logits = policy.logits(read(policy, seq)) / temperature
+        logits = policy.logits(read(policy, seq))[:cfg.vocab_size] / temperature
         tokens.append(pick(logits, None if noise is None else float(noise.answer[row, i])))
         token_logp.append(float(logits.log_softmax(0)[tokens[-1]]))
         seq += embed(policy, [tokens[-1]])
-        if tokens[-1] == cfg.eos_id:
+        if tokens[-1] in ends(model):
             break
     return plan, tokens, latent_logp, stop_logp, token_logp
 
@@ -139,19 +149,24 @@ def sft_losses(model, example, stage, noise=None):
     for t in text:
         answer.append(-policy.logits(read(policy, seq)).log_softmax(0)[t])
         seq += embed(policy, [t])
-    losses = {"answer": torch.stack(answer).sum()}  # over the target tokens of the batch: divided by the caller
+    losses = {"answer": torch.stack(answer).sum()}  # the caller divides by the target tokens of the batch
     if n and cfg.stop:
         losses["stop"] = torch.stack(stops).mean()
     if n and cfg.vae:
         losses["kl"] = torch.stack(kl).mean()
     if n and cfg.decode:
         per_step = []
-        for k in range(min(n, len(example.steps))):
-            words = sum(example.steps[k:] if k == cfg.max_steps - 1 else example.steps[k:k + 1], []) + [cfg.eos_id]
-            inputs, ce = list(zs[k]), []
+        for k in range(n):
+            if k >= len(example.steps):  # an idle step of a fixed number of steps: it decodes the answer
+                words = example.answer   # which ends with <eos>
+            elif k == cfg.max_steps - 1:  # the last step stands for all the rest
+                words = sum(example.steps[k:], []) + [cfg.eos_id]
+            else:
+                words = example.steps[k] + [cfg.eos_id]
+            inputs, log_likelihood = list(zs[k]), 0
             for w in words:
-                ce.append(-model.decoder.logits(read(model.decoder, inputs)).log_softmax(0)[w])
+                log_likelihood += model.decoder.logits(read(model.decoder, inputs)).log_softmax(0)[w]
                 inputs += embed(model.decoder, [w])
-            per_step.append(torch.stack(ce).mean())
+            per_step.append(-log_likelihood)  # summed over the tokens: an evidence bound
         losses["decode"] = torch.stack(per_step).mean()
     return losses, len(text)

@@ -1,98 +1,174 @@
-"""Runs compared: groups over seeds, paired differences, the table, the picture."""
+"""Evaluation: figures against hand counts, samples that depend on their question alone, tables of runs."""
 
-import dataclasses
+import itertools
 import json
 import shutil
 import statistics
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import eval
+import naive
 import pytest
 import torch
-from data import Encoded, Example
-from eval import ASIDE, PLANNING, Result, checkpoints, comparison, difference, grouped, main, run_main
+from data import Encoded, Example, cli
+from eval import cell, compare, evaluate, gather, judge, main, table
 from test_rl import Words
 from test_train import SMALL
-from train import Config
 from train import main as train
-from vae import LatentConfig
+
+TEXTS = {"72": [1, 2, 42], "24": [1, 3, 42], "24, without an end": [1, 3]}  # token ids of Words
 
 
-def result(name, seed, right, stage=6, **config):
-    """A Result of two sets, `right` their lists of answers that are right."""
-    sets = {"a": right[0], "b": right[1]}
-    figures = {s: {"n": len(r), "accuracy": sum(r) / len(r), "tokens": 4.0 + seed, "latents": 2.0, "coherence": 0.5}
-               for s, r in sets.items()}
-    answered = {s: [{"id": f"{s}:{i}", "correct": bool(c)} for i, c in enumerate(r)] for s, r in sets.items()}
-    config = {"method": "atp", "seed": seed, "out_dir": name, "init": name, "lr": 1e-3, "w_coh": 0.1, **config}
-    return Result(Path(name), {"config": config, "stage": stage, "step": 1}, figures, answered)
+def canned():
+    """A model that answers question [1] greedily with 72, by a coherent plan of two steps, and in samples with 72, 24,
+    24, 24; question [2, 3] with 24, without an end and by a plan that leads to 72, and in samples with 24, 24, 72, 24."""
+    model = naive.tiny(c=2)
+    greedy = {1: ["72"], 2: ["24, without an end"]}
+    samples = {1: ["72", "24", "24", "24"], 2: ["24", "24", "72", "24"]}
+    model.plan_texts = lambda z, steps, words: [["<<48/2=24>>", "<<48+24=72>>"][2 - n:] for n in steps.tolist()]
+
+    def rollout(questions, group=1, noise=None, max_tokens=16, temperature=1.0, latent_temperature=1.0):
+        model.asked = max_tokens, temperature, latent_temperature
+        answers = [TEXTS[text] for q in questions for text in (greedy if noise is None else samples)[q[0]]]
+        tokens = torch.tensor([answer + [42] * (3 - len(answer)) for answer in answers])
+        steps = torch.tensor([2 if q == [1] else 1 for q in questions for _ in range(group)])
+        return SimpleNamespace(tokens=tokens, lengths=torch.tensor([*map(len, answers)]), steps=steps, z=None)
+
+    model.rollout = rollout
+    return model
 
 
-def rows(n, *right):
-    return [[i < r for i in range(n)] for r in right]
+@pytest.mark.parametrize("batch_size", (1, 128))
+def test_figures_of_evaluate(batch_size):
+    questions = [Encoded([2, 3], [], [], Example("b", (), "24", "b")),
+                 Encoded([1], [], [], Example("a", ("<<48/2=24>>",), "72", "a"))]
+    model = canned()
+    figures, results = evaluate(model, Words(), questions, batch_size, samples=4, temperature=0.5,
+                                latent_temperature=3.0)
+    assert figures == pytest.approx({
+        "n": 2, "accuracy": 1, "latents": (4 + 2) / 2, "tokens": (4 + 2 + 2 + 2) / 2, "coherence": (1 + 0) / 2,
+        "pass@1": (1 + 3) / 8, "pass@2": (1 / 2 + 1) / 2, "pass@4": 1, "maj@4": (0 + 1) / 2})
+    assert model.asked == (16, 0.5, 3.0)
+    assert [(r["id"], r["text"], r["tokens"]) for r in results] == [("b", "### 24", 4), ("a", "### 72", 6)]
+    assert [r["plan"] for r in results] == [["<<48+24=72>>"], ["<<48/2=24>>", "<<48+24=72>>"]]
+    assert evaluate(model, Words(), questions)[0] == {k: v for k, v in figures.items() if "@" not in k}
+    assert evaluate(model, Words(), [])[0] == {"n": 0, "accuracy": 0, "tokens": 0, "latents": 0, "coherence": 0}
 
 
-def test_runs_are_grouped_by_configuration_and_labelled_by_what_differs():
-    groups = grouped([result("a", 0, rows(4, 1, 2)), result("b", 0, rows(4, 1, 2), stage="rl"),
-                      result("c", 1, rows(4, 1, 2)), result("d", 0, rows(4, 1, 2), stage="rl", w_coh=0.0),
-                      result("e", 0, rows(4, 1, 2), method="simcot"), result("f", 0, rows(4, 1, 2), vae="no"),
-                      result("g", 2, rows(4, 1, 2), w_coh=0.0)])
-    assert [(g.label, [str(r.ckpt) for r in g.results]) for g in groups] == [
-        ("atp", ["a", "c", "g"]), ("atp + rl", ["b"]), ("atp + rl, w_coh 0.0", ["d"]), ("simcot", ["e"]),
-        ("atp, vae no", ["f"])]
+def test_a_written_chain_may_fill_the_context():
+    for method, most, wanted in (("cot", 160, 160), ("cot", 10**6, 2048), ("atp", 160, 16)):
+        model, asked = naive.tiny(method), []
+        rollout = model.rollout
+        model.rollout = lambda questions, max_tokens: asked.append(max_tokens) or rollout(questions, max_tokens=2)
+        evaluate(model, Sums(), naive.examples(2), max_tokens=most)
+        assert model.policy.config.max_position_embeddings == 2048 and asked == [wanted]
 
 
-def test_what_is_set_aside_is_named_as_in_config():
-    names = [f.name for f in dataclasses.fields(Config)]
-    assert PLANNING == set(names[names.index("rl_lr"):names.index("eval_every")]) and ASIDE < set(names) - PLANNING
+@pytest.mark.parametrize("n", (1, 4, 6))
+def test_pass_at_k_counts_subsets(n):
+    """pass@k is the share of subsets of k samples that have a right answer."""
+    example = Example("q", (), "1", "q")
+    for right in range(n + 1):
+        texts = ["### 1"] * right + ["### 2"] * (n - right)
+        found = judge(texts, example)
+        assert list(found) == [f"pass@{k}" for k in (1, 2, 4, 6) if k <= n] + [f"maj@{n}"]
+        for k in (1, 2, 4, 6)[:len(found) - 1]:
+            subsets = list(itertools.combinations(texts, k))
+            assert found[f"pass@{k}"] == pytest.approx(sum("### 1" in s for s in subsets) / len(subsets))
+        assert right * 2 == n or found[f"maj@{n}"] == (right * 2 > n)
+    assert judge(["no", "### 1", "no"], example)["maj@3"]  # who gives no answer has no vote
+    assert not judge(["no", "no"], example)["maj@2"]
 
 
-def test_one_seed_twice_is_refused():
-    with pytest.raises(ValueError, match="x and y are runs of one configuration and one seed"):
-        grouped([result("x", 3, rows(4, 1, 2)), result("y", 3, rows(4, 1, 2))])
+class Sums:
+    """A tokenizer that makes an answer of any ids."""
+
+    def decode(self, ids):
+        return f"### {sum(ids) % 3}"
 
 
-def test_difference_over_seeds_is_paired_by_seed():
-    base = [result(f"s{s}", s, rows(10, 2 + s, 5)) for s in range(3)]
-    better = [result(f"b{s}", s, rows(10, 4 + s, 5 + s), stage="rl") for s in (2, 0, 1)]
-    sft, rl = grouped(base + better)
-    gains = [(0.2 + s / 10) / 2 for s in range(3)]
-    mean, error = difference(rl, sft)
-    assert mean == pytest.approx(statistics.mean(gains)) and error == pytest.approx(statistics.stdev(gains) / 3**0.5)
-    assert difference(rl, sft) == pytest.approx(tuple(x * y for x, y in zip(difference(sft, rl), (-1, 1))))
-    [other] = grouped([result("o", 9, rows(10, 1, 1))])
-    assert difference(other, sft) is None
-    assert "| s0" not in comparison([sft, rl], sft) and "+15.0 ± 2.9" in comparison([sft, rl], sft)
+@pytest.mark.parametrize("method", ("atp", "simcot", "nocot"))
+def test_samples_of_a_question_are_its_own(method):
+    """They depend neither on the batch size nor on the other questions, but on seed and temperatures."""
+    model, questions = naive.tiny(method), naive.examples(12)
+    sampled = lambda questions, *args, **more: [
+        {k: v for k, v in r.items() if "@" in k}
+        for r in evaluate(model, Sums(), questions, *args, samples=4, max_tokens=5, **more)[1]]
+    whole = sampled(questions, 64)
+    assert len({r["pass@1"] for r in whole}) > 2
+    assert sampled(questions, 4) == whole and sampled(questions, 9) == whole
+    assert sampled(questions[:5], 64) == whole[:5]
+    assert sampled(questions, 64, seed=1) != whole and sampled(questions, 64, temperature=0.1) != whole
 
 
-def test_difference_of_one_seed_has_the_error_of_its_paired_questions():
-    """Equal questions cancel: the error is that of the mean of what differs, not of two samples."""
-    torch.manual_seed(0)
-    old = [torch.rand(500) < 0.5, torch.rand(500) < 0.3]
-    new = [r ^ (torch.rand(500) < 0.04) for r in old]
-    sft, rl = grouped([result("a", 0, [r.tolist() for r in old]), result("b", 0, [r.tolist() for r in new], stage="rl")])
-    change = [n.double() - o.double() for n, o in zip(new, old)]
-    mean, error = difference(rl, sft)
-    assert mean == pytest.approx(float(sum(c.mean() for c in change)) / 2)
-    assert error == pytest.approx(float(sum(c.var() / 500 for c in change)) ** 0.5 / 2) and error < 0.01
+def fake_run(folder, seed, **state):
+    ckpt = folder / "step-000001"
+    ckpt.mkdir(parents=True)
+    (ckpt / "train.json").write_text(json.dumps({"config": {"method": "atp", "seed": seed}, "step": 1, **state}))
+    (ckpt / "latent.json").write_text("{}")
 
 
-def test_table_has_mean_and_deviation_over_seeds():
-    [group] = grouped([result("a", 0, rows(10, 2, 6)), result("b", 1, rows(10, 4, 6))])
-    head, _, row = comparison([group], group).splitlines()
-    assert [c.strip() for c in head.split("|")[1:-1]] == ["", "seeds", "a", "b", "mean", "to atp", "tokens", "latents", "coherence"]
-    assert [c.strip() for c in row.split("|")[1:-1]] == [
-        "atp", "2", "30.0 ± 14.1", "60.0 ± 0.0", "45.0 ± 7.1", "", "4.50 ± 0.71", "2.00 ± 0.00", "50.0 ± 0.0"]
+def test_rows_are_folders_without_their_seeds(tmp_path, monkeypatch):
+    for seed in (0, 1, 10):
+        for name in ("vae", "rl1", "b10_x"):
+            fake_run(tmp_path / f"few_{seed}" / name, seed)
+    fake_run(tmp_path / "few_1" / "deep" / "rl", 1)
+    monkeypatch.chdir(tmp_path)
+    folders = ["few_0", tmp_path / "few_1", "few_10/../few_10", "few_1/deep"]
+    assert {row: list(seeds) for row, seeds in gather(folders).items()} == {
+        "few_*/b10_x": [0, 1, 10], "few_*/rl1": [0, 1, 10], "few_*/vae": [0, 1, 10], "few_*/deep/rl": [1]}
+    assert list(gather(["few_1"])) == ["b10_x", "rl*", "vae"]  # what all paths share is left out
+    assert list(gather(["few_1/vae"])) == ["vae"]
+    with pytest.raises(ValueError, match=r"--compare: .*few_1/vae is the second run with seed 1 in few_\*/vae"):
+        gather(["few_0", "few_1", "few_1/vae"])
 
+
+def run(*accuracies, **figures):
+    return {name: {"n": 10, "accuracy": a, "tokens": 4.0, "latents": 2.0, "coherence": 0.5, **figures}
+            for name, a in zip("ab", accuracies)}
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_table_of_models():
+    head, rule, *rows = table([("x", run(0.2, 0.6)), ("y", run(0.3, 0.4, tokens=5.125))]).splitlines()
+    assert cells(head) == ["", "a", "b", "mean", "tokens", "coherence %"] and cells(rule) == ["---"] + 5 * ["---:"]
+    assert list(map(cells, rows)) == [["x", "20.0", "60.0", "40.0", "4.00", "50.0"],
+                                      ["y", "30.0", "40.0", "35.0", "5.12", "50.0"]]
+    assert cells(table([("x", run(0.2))]).splitlines()[0]) == ["", "a", "tokens", "coherence %"]  # one set: no mean
+
+
+def test_runs_are_compared_over_seeds_and_paired_by_seed():
+    """Mean ± deviation over seeds; the difference of rows with seeds 2, 0, 1 and 0, 1, 2, 7 is that of 0, 1, 2."""
+    base = {s: {"benchmarks": run(0.2 + s / 10, 0.5)} for s in (0, 1, 2, 7)}
+    better = {s: {"benchmarks": run(0.4 + s / 10, 0.5 + s / 10, tokens=4.0 + s)} for s in (2, 0, 1)}
+    single = {1: {"benchmarks": run(0.1, 0.5)}}
+    apart = {9: {"benchmarks": run(0.1, 0.5)}}
+    rows = compare({"base": base, "better": better, "single": single, "apart": apart}, "base")
+    head, _, *lines = table(rows, ["to base", "tokens"]).splitlines()
+    assert cells(head) == ["", "a", "b", "mean", "to base", "tokens"]
+    lines = {cells(line)[0]: dict(zip(cells(head), cells(line))) for line in lines}
+    gains = [100 * (0.2 + s / 10) / 2 for s in range(3)]
+    error = statistics.stdev(gains) / 3**0.5
+    assert lines["better"]["to base"] == f"+{statistics.mean(gains):.1f} ± {error:.1f}" == "+15.0 ± 2.9"
+    assert lines["better"]["a"] == "50.0 ± 10.0" and lines["better"]["tokens"] == "5.00 ± 1.00"
+    assert lines["base"]["to base"] == lines["apart"]["to base"] == ""
+    assert lines["single"]["to base"] == "-10.0" and lines["single"]["a"] == "10.0"
+    assert cell("accuracy", [{"accuracy": 0.5}]) == "50.0"
+
+
+# --- the command line ---
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs")
     file = out / "questions.txt"
-    file.write_text("".join(f"Ann has {i} pens and {i % 3 + 1} more. How many?||<<{i}+{i % 3 + 1}={i + i % 3 + 1}>> "
-                            f"#### {i + i % 3 + 1}\n" for i in range(1, 20)))
+    lines = [f"Ann has {i} pens and {i % 3 + 1} more. How many?||<<{i}+{i % 3 + 1}={i + i % 3 + 1}>> #### "
+             f"{i + i % 3 + 1}\n" for i in range(1, 20)]
+    file.write_text("".join(lines))
     for seed in "01":
         flags = [*SMALL, "--data", str(file), "--seed", seed, "--out_dir", str(out / f"out_{seed}")]
         train([*flags, "--stage", "vae", "--max_iters", "2"])
@@ -100,102 +176,86 @@ def runs(tmp_path_factory):
     return out
 
 
+def test_one_checkpoint_from_the_command_line(runs, capsys):
+    """A row a test set and their mean; questions explained; the figures are those of the JSON file."""
+    file, data = runs / "one.json", str(runs / "questions.txt")
+    main(["--ckpt", str(runs / "out_0" / "rl"), "--data", data, "easy", "--limit", "3", "--samples", "2",
+          "--explain", "1", "--json", str(file)])
+    said = capsys.readouterr().out
+    head, _, *rows = [line for line in said.splitlines() if line.startswith("|")]
+    assert cells(head) == ["", "accuracy %", "n", "tokens", "latents", "coherence %", "pass@1 %", "pass@2 %",
+                           "maj@2 %"]
+    assert [cells(row)[0] for row in rows] == [data, "easy", "mean"]
+    found = json.loads(file.read_text())
+    for row, name in zip(rows, (data, "easy")):
+        figures = found["benchmarks"][name]
+        shown = [f"{100 * figures['accuracy']:.1f}", "3", f"{figures['tokens']:.2f}", f"{figures['latents']:.2f}"]
+        assert cells(row)[1:5] == shown
+    [explained] = found["explained"][data]
+    assert explained["steps"] == ["<<1+2=3>>"] and explained["question"] in said and "reference: <<1+2=3>>" in said
+
+
 def test_compare_from_the_command_line(runs, capsys):
-    """Every run in the folders named, the row of a baseline, and all figures in the JSON file."""
+    """All runs in the folders, the row of a baseline, and all figures in the JSON file."""
     folders, file = [str(runs / "out_0"), str(runs / "out_1")], runs / "all.json"
     data = ["--data", str(runs / "questions.txt"), "--limit", "6", "--samples", "2"]
     main(["--compare", *folders, "--baseline", str(runs / "out_1" / "vae"), "--json", str(file), *data])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and lines[2].startswith("| atp + rl | 2 |") and lines[3].startswith("| atp | 2 |")
-    assert "to atp " in lines[0] and "pass@2" in lines[0] and "maj@2" in lines[0]
+    head, _, *rows = map(cells, capsys.readouterr().out.splitlines())
+    assert head == ["", data[1], "to out_*/vae", "tokens", "latents", "coherence %", "pass@1 %", "pass@2 %",
+                    "maj@2 %"]
+    assert [row[0] for row in rows] == ["out_*/rl", "out_*/vae"] and rows[1][2] == "" != rows[0][2]
     found = json.loads(file.read_text())
-    assert [(r["label"], r["seed"]) for r in found] == [("atp + rl", 0), ("atp + rl", 1), ("atp", 0), ("atp", 1)]
+    assert [(r["row"], r["config"]["seed"]) for r in found] == [
+        ("out_*/rl", 0), ("out_*/rl", 1), ("out_*/vae", 0), ("out_*/vae", 1)]
     assert all(r["benchmarks"][data[1]]["n"] == 6 for r in found)
-    assert [c.parent.name for c in checkpoints(runs / "out_0")] == ["rl", "vae"]
-    with pytest.raises(ValueError, match="--baseline .*vae: not one of the runs that --compare names"):
+    tokens = [r["benchmarks"][data[1]]["tokens"] for r in found[:2]]
+    assert rows[0][3] == f"{statistics.mean(tokens):.2f} ± {statistics.stdev(tokens):.2f}"
+    with pytest.raises(ValueError, match="--baseline .*vae: not one of the runs"):
         main(["--compare", folders[0], "--baseline", str(runs / "out_1" / "vae"), *data])
 
 
-CKPT = "a checkpoint"
-
-
 @pytest.mark.parametrize("args, words", [
-    (["--baseline", "x"], "--baseline and --plot go with --compare"), (["--compare", "x", "--explain", "1"], "--explain go without"),
-    (["--device", "gpu"], "--device"), (["--seed", "-1"], "--seed"), (["--json", "nowhere/x.json"], "--json nowhere/x.json: no such"),
-    (["--json", "."], "--json .: that is a folder"), (["--ckpt", ""], ": no checkpoint there"), (["--samples", "20000"], "--samples"),
-    (["--data", "long.txt", "--ckpt", CKPT], "none of its questions fits"), (["--temperature", "-1"], "--temperature"), (["--latent_temperature", "nan"], "--latent_temperature")])
+    (["--baseline", "{runs}/out_1/vae"], "--baseline"), (["--ckpt", "empty"], "empty: no checkpoint there"),
+    (["--device", "gpu"], "--device"), (["--device", "cuda"], "--device cuda: this torch sees no GPU"),
+    (["--dtype", "float16"], "--dtype"), (["--data", "nothing"], "no dataset and no file 'nothing'"),
+    (["--data", "long.txt"], "long.txt: none of its questions fits"), (["--seed", "-1"], "--seed -1"),
+    (["--samples", "-1"], "--samples -1"), (["--batch_size", "0"], "--batch_size 0"),
+    (["--temperature", "-1"], "--temperature -1"), (["--latent_temperature", "nan"], "--latent_temperature nan")])
 def test_user_errors_of_eval(args, words, runs, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "long.txt").write_text(f"Ann has {'1 and ' * 400}2 pens.||<<1+2=3>> #### 3")
-    args = [str(runs / "out_0") if a == CKPT else a for a in args]
+    args = [arg.format(runs=runs) for arg in ["--ckpt", str(runs / "out_0"), *args]]
     with pytest.raises(SystemExit) as e:
-        run_main(lambda: main(args))
+        cli(lambda: main(args))
     err = capsys.readouterr().err
     assert e.value.code == 2 and words in err and err.count("\n") == 1 and err.startswith("error: "), err
 
 
-def test_plot_without_matplotlib(runs, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ValueError, match="--plot needs matplotlib, which is not installed"):
-        main(["--compare", str(runs / "out_0"), "--plot", "x.png"])
-
-
-def test_plot(runs, tmp_path, capsys):
+def test_plot(runs, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     args = ["--compare", str(runs / "out_0"), "--data", str(runs / "questions.txt"), "--plot"]
     main([*args, str(tmp_path / "x.png")])
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="--plot .*x.zzz: its name must end in .*png"):
-        main(["--compare", "nothing", "--plot", str(tmp_path / "x.zzz")])
+    for file, words in (("x.zzz", "'zzz' is not supported"), ("nowhere/x.png", "No such file")):
+        with pytest.raises((ValueError, OSError), match=words):  # before the work
+            main(["--compare", "nothing", "--plot", str(tmp_path / file)])
     copy = shutil.copytree(runs / "out_0", tmp_path / "copy")
     with open(copy / "rl" / "metrics.jsonl", "a") as f:
         f.write("{\n")
-    with pytest.raises(ValueError, match="metrics.jsonl:4: not a line of metrics"):
+    with pytest.raises(ValueError, match="rl.metrics.jsonl: "):
         main(["--compare", str(copy), *args[2:], str(tmp_path / "y.png")])
-
-
-class Canned:
-    """A model that answers question [1] greedily with 72, by a coherent plan of two steps, and in samples with 72, 24, 24,
-    24; question [2, 3] with 24, without an end and by a plan that leads to 72, and in samples with 24, 24, 72, 24."""
-
-    config = LatentConfig("atp", True, True, True, True, True, thoughts_per_step=2, max_steps=3, start_id=8, end_id=9, eos_id=0)
-    policy, decoder = SimpleNamespace(config=SimpleNamespace(hidden_size=4)), object()
-    right, wrong = [1, 2, 0], [1, 3, 0]
-
-    def eval(self):
-        return self
-
-    def decode_steps(self, z, steps):
-        return [[[4], [5]][2 - int(n):] for n in steps]
-
-    def rollout(self, questions, group=1, noise=None, max_tokens=16, temperature=1.0, latent_temperature=1.0):
-        self.asked = temperature, latent_temperature
-        first, second = ([self.right], [[1, 3]]) if noise is None else (
-            [self.right] + 3 * [self.wrong], [self.wrong, self.wrong, self.right, self.wrong])
-        tokens = [row for q in questions for row in (first if q == [1] else second)]
-        return SimpleNamespace(tokens=torch.tensor([t + [0] * (3 - len(t)) for t in tokens]), group=group, z=None,
-                               lengths=torch.tensor([len(t) for t in tokens]),
-                               steps=torch.tensor([2 if q == [1] else 1 for q in questions]))
-
-
-def test_figures_of_evaluate():
-    questions = [Encoded([2, 3], [], [], Example("b", (), "24", "b")), Encoded([1], [], [], Example("a", (), "72", "a"))]
-    model = Canned()
-    figures, answered = eval.evaluate(model, Words(), questions, samples=4, temperature=0.5, latent_temperature=3.0)
-    assert figures == pytest.approx({
-        "n": 2, "accuracy": 1, "latents": (4 + 2) / 2, "tokens": (4 + 2 + 2 + 2) / 2, "coherence": (1 + 0) / 2,
-        "pass@1": (1 + 3) / 8, "pass@2": (1 / 2 + 1) / 2, "pass@4": 1, "maj@4": (0 + 1) / 2})
-    assert model.asked == (0.5, 3.0) and [e["id"] for e in answered] == ["b", "a"]
-    assert [e["plan"] for e in answered] == [["<<48+24=72>>"], ["<<48/2=24>>", "<<48+24=72>>"]]
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ValueError, match="--plot needs matplotlib"):
+        main(["--compare", "nothing", "--plot", "x.png"])
 
 
 def test_samples_at_temperature_0_differ_by_their_latents_alone(runs, tmp_path, monkeypatch):
     """In a method without VAE and stop head, all are the greedy answer."""
     file = str(runs / "questions.txt")
-    train([*SMALL, "--data", file, "--out_dir", str(tmp_path), "--stage", "vae", "--max_iters", "2", "--method", "simcot"])
-    greedy = {}
+    train([*SMALL, "--data", file, "--out_dir", str(tmp_path), "--stage", "vae", "--max_iters", "2", "--method",
+           "simcot"])
+    greedy, share = {}, {}
     monkeypatch.setattr(eval, "is_correct", lambda text, example: greedy.setdefault(example.id, text) == text)
-    share = {}
     for temperature in ("0", "1"):
         main(["--ckpt", str(tmp_path), "--data", file, "--samples", "4", "--temperature", temperature,
               "--json", str(tmp_path / "x.json")])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -30,8 +31,8 @@ SIZES = dict(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_lay
 def reference(tied=True, rope=None, **sizes):
     """A random transformers model, weights so large that attention is sharp and a wrong position shows."""
     rope = {"rope_type": "default", **(rope or {}), "rope_theta": 500.0}
-    config = LlamaConfig(**{**SIZES, **sizes}, tie_word_embeddings=tied, rope_parameters=rope, initializer_range=0.3,
-                         bos_token_id=1, eos_token_id=2)
+    config = LlamaConfig(**{**SIZES, **sizes}, tie_word_embeddings=tied, rope_parameters=rope,
+                         initializer_range=0.3, bos_token_id=1, eos_token_id=2)
     net = LlamaForCausalLM(config).eval()
     for name, p in net.named_parameters():
         if "norm" in name:  # ones would hide a norm left out of place
@@ -41,7 +42,8 @@ def reference(tied=True, rope=None, **sizes):
 
 def small(tied=True, rope=None, dtype=torch.float32, **sizes):
     """A random model of ours with the same large weights."""
-    net = LLaMA(LLaMAConfig(**{**SIZES, **sizes}, rope_theta=500.0, rope_scaling=rope, tie_word_embeddings=tied))
+    net = LLaMA(LLaMAConfig(**{**SIZES, **sizes}, rope_theta=500.0, rope_scaling=rope,
+                            tie_word_embeddings=tied))
     for p in net.parameters():
         p.data.normal_(1.0 if p.dim() == 1 else 0.0, 0.3)
     return net.to(dtype)
@@ -77,7 +79,8 @@ def test_reads_what_transformers_wrote(sizes, spelling, tmp_path):
     net.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())["rope_parameters"]
     if spelling == "rope_scaling":  # as published checkpoints have it
-        edit(tmp_path / "config.json", {"rope_parameters": ..., "rope_theta": 500.0, "rope_scaling": sizes.get("rope")})
+        old = {"rope_parameters": ..., "rope_theta": 500.0, "rope_scaling": sizes.get("rope")}
+        edit(tmp_path / "config.json", old)
     elif spelling == "both":  # they disagree: transformers goes by rope_scaling
         edit(tmp_path / "config.json", {"rope_parameters": {"rope_theta": 9.0}, "rope_scaling": written})
     assert LlamaConfig.from_pretrained(tmp_path).rope_parameters == written
@@ -116,8 +119,8 @@ def test_smollm2():
     path = os.environ["SMOLLM2_DIR"]
     net, tokens = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32), random_tokens(1, 24, vocab=49152)
     want, ours = net(tokens).logits, LLaMA.from_pretrained(path)
-    cache, half = KVCache(), 16
-    parts = [ours(part, cache=cache) for part in (tokens[:, :half], tokens[:, half:-1], tokens[:, -1:])]
+    cache = KVCache(8)
+    parts = [ours(part, cache=cache) for part in tokens.split((16, 7, 1), dim=1)]
     for got in (ours(tokens), torch.cat(parts, dim=1)):
         assert (got - want).abs().max() < 1e-4 * want.abs().max()
 
@@ -145,13 +148,45 @@ def test_save_keeps_dtype(tmp_path):
 
 
 def test_spare_tensors_of_old_checkpoints(tmp_path):
-    """A tied checkpoint may hold the output matrix twice, old ones hold rotary tables."""
+    """A tied checkpoint may hold the output matrix twice, if it is the same; old ones hold rotary tables."""
     net = small()
     net.save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    save_file({**load_file(file), "lm_head.weight": net.embed_tokens.weight.detach().clone(),
-               "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}, file)
+    file, twice = tmp_path / "model.safetensors", net.embed_tokens.weight.detach().clone()
+    spare = {"lm_head.weight": twice, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}
+    save_file({**load_file(file), **spare}, file)
     assert_close(LLaMA.from_pretrained(tmp_path).state_dict(), net.state_dict())
+    assert LLaMA.from_pretrained(tmp_path, dtype=torch.bfloat16).lm_head is None
+    for other in (twice.roll(1), twice[:-1], twice[:0], twice.flatten(), torch.tensor(1.0)):
+        save_file({**load_file(file), "lm_head.weight": other.contiguous()}, file)
+        refused(tmp_path, "model.safetensors", "lm_head.weight")
+    twice[-1, -1] += 1e-3
+    save_file({**load_file(file), "lm_head.weight": twice}, file)
+    refused(tmp_path, "model.safetensors", "lm_head.weight", "tie_word_embeddings")
+    edit(tmp_path / "config.json", {"tie_word_embeddings": False})
+    assert_close(LLaMA.from_pretrained(tmp_path).lm_head.weight.data, twice)
+
+
+def test_names_of_a_compiled_model(tmp_path, capsys):
+    """torch.compile puts a prefix before every name of what it wraps, in one file or in shards."""
+    net, tokens = small(tied=False), random_tokens(2, 9)
+    net.save_pretrained(tmp_path)
+    file, prefix = tmp_path / "model.safetensors", "_orig_mod."
+    tensors = {prefix + name: t for name, t in load_file(file).items()}
+    save_file(tensors, file)
+    assert_close(LLaMA.from_pretrained(tmp_path)(tokens), net(tokens))
+    file.unlink()
+    shards = {name: "ab"[i % 2] + ".safetensors" for i, name in enumerate(tensors)}
+    for shard in set(shards.values()):
+        save_file({name: t for name, t in tensors.items() if shards[name] == shard}, tmp_path / shard)
+    model.write_json(tmp_path / "model.safetensors.index.json", {"weight_map": shards})
+    assert_close(LLaMA.from_pretrained(tmp_path)(tokens), net(tokens))
+    # a whole file beside the shards is the one that is read, and that is said
+    assert capsys.readouterr().err == ""
+    other = small(tied=False)
+    other.save_pretrained(tmp_path)
+    assert_close(LLaMA.from_pretrained(tmp_path)(tokens), other(tokens))
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"{file} is read" in said and "index.json" in said
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -174,12 +209,9 @@ def test_add_tokens(tied, like, tmp_path):
 
 # --- ways of calling it ---
 
-def test_embeddings_and_positions():
+def test_embeddings():
     net, tokens = small(tied=False), random_tokens(3, 11)
-    full, at = net(tokens), torch.rand(3, 11) < 0.4
-    assert torch.equal(net(embeds=net.embed_tokens(tokens)), full)
-    assert_close(net(tokens, at=at), full[at])
-    assert net(tokens, at=torch.zeros_like(at)).shape == (0, 61)
+    assert torch.equal(net(embeds=net.embed_tokens(tokens)), net(tokens))
 
 
 def gradients(net, loss):
@@ -188,28 +220,42 @@ def gradients(net, loss):
     return dict(zip(dict(net.named_parameters()), grads))
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_activation_checkpointing(cached):
-    net, tokens = small(), random_tokens(2, 12)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("vocab", [1, 61, 64, 65])
+def test_padded_output_table(tied, vocab):
+    """Zero rows beyond the vocabulary change no logit and no gradient."""
+    net = small(tied, dtype=torch.float64, vocab_size=vocab)
+    h, want = torch.randn(5, 24, dtype=torch.float64, requires_grad=True), random_tokens(5, vocab=vocab)
+    table = (net.embed_tokens if tied else net.lm_head).weight
+    assert len(net.output_weight()) == -(-vocab // 64) * 64
+    ours, plain = net.logits(h), h @ table.t()
+    assert ours.shape == (5, vocab)
+    assert_close(ours, plain)
+    losses = (F.cross_entropy(logits, want) + logits.square().sum() for logits in (ours, plain))
+    assert_close(*(torch.autograd.grad(loss, (h, table)) for loss in losses))
+
+
+@pytest.mark.parametrize("cached, calls, again", [(False, 3, 6), (True, 9, 15)])
+def test_activation_checkpointing(cached, calls, again):
+    """Wide passes are computed again in backward, single positions are not."""
+    net, tokens, seen = small(), random_tokens(2, 12), []
+    block = net.run_block
+    net.run_block = lambda *args: seen.append(1) or block(*args)
 
     def run():
-        calls = []
-        hooks = [layer.register_forward_pre_hook(lambda *_: calls.append(1)) for layer in net.layers]
+        seen.clear()
         if cached:
-            cache = KVCache()
+            cache = KVCache(5)
             logits = torch.cat([net(part, cache=cache) for part in tokens.split((7, 1, 4), dim=1)], dim=1)
         else:
             logits = net(tokens)
         loss = logits.logsumexp(dim=-1).square().mean()
-        grads = gradients(net, loss)
-        for hook in hooks:
-            hook.remove()
-        return loss, grads, len(calls)
+        return loss, gradients(net, loss), len(seen)
 
-    loss, grads, calls = run()
+    loss, grads, n = run()
     net.activation_checkpointing = True
-    loss_again, grads_again, calls_again = run()
-    assert calls_again == 2 * calls  # it did compute the layers again
+    loss_again, grads_again, n_again = run()
+    assert (n, n_again) == (calls, again)
     assert_close((loss_again, grads_again), (loss, grads))
 
 
@@ -221,7 +267,7 @@ def test_cache_equals_uncached(data):
     draw = lambda low, high: data.draw(st.integers(low, high))
     torch.manual_seed(draw(0, 2**31))
     kv, repeat, questions, group = draw(1, 2), draw(1, 3), draw(1, 3), draw(1, 3)
-    prefix_length, tail_length = draw(1, 6), draw(1, 7)
+    prefix_length, tail_length, spare = draw(1, 6), draw(1, 7), draw(0, 3)
     net = small(data.draw(st.booleans()), data.draw(st.sampled_from([None, LLAMA3])), torch.float64, hidden_size=12,
                 num_hidden_layers=2, intermediate_size=10, num_attention_heads=kv * repeat, num_key_value_heads=kv)
     lengths = torch.randint(1, prefix_length + 1, (questions,))
@@ -229,17 +275,22 @@ def test_cache_equals_uncached(data):
     real = torch.arange(prefix_length) < lengths[:, None]
     valid = torch.rand(questions * group, tail_length) < data.draw(st.sampled_from([0.5, 0.8, 1.0]))
 
-    cache = KVCache()
-    prefix_logits = net(prefix, cache=cache, valid=real if data.draw(st.booleans()) or not real.all() else None)
-    cache.expand(group)
-    parts, start = [], 0
-    while start < tail_length:
-        stop = draw(start + 1, tail_length)
-        mask = valid[:, start:stop]
-        parts.append(net(tail[:, start:stop], cache=cache, valid=None if mask.all() else mask))
-        start = stop
-    tail_logits = torch.cat(parts, dim=1)
-    assert torch.equal(cache.next_position, lengths.repeat_interleave(group) + valid.sum(dim=1))
+    cuts = sorted({0, tail_length, *(draw(1, tail_length) for _ in range(draw(0, 3)))})
+    said = data.draw(st.booleans())
+
+    def cached():
+        """Logits of prefix and tail over a cache with `spare` columns that are never written."""
+        cache, parts = KVCache(tail_length + spare, group), []
+        prefix_logits = net(prefix, cache=cache, valid=real if said or not real.all() else None)
+        for start, stop in zip(cuts, cuts[1:]):
+            mask = valid[:, start:stop]
+            parts.append(net(tail[:, start:stop], cache=cache, valid=None if mask.all() else mask))
+        assert torch.equal(cache.next_position, lengths.repeat_interleave(group) + valid.sum(dim=1))
+        return prefix_logits, torch.cat(parts, dim=1)
+
+    prefix_logits, tail_logits = cached()
+    with torch.no_grad():  # columns are then written in place
+        assert_close(cached(), (prefix_logits, tail_logits), atol=1e-9, rtol=1e-7)
 
     weight_prefix, weight_tail = torch.randn_like(prefix_logits), torch.randn_like(tail_logits)
     loss = (prefix_logits * weight_prefix)[real].sum() + (tail_logits * weight_tail)[valid].sum()
@@ -261,12 +312,11 @@ def test_invalid_columns_leak_nothing():
     prefix, tail = torch.randn(2, 5, 24, requires_grad=True), torch.randn(4, 3, 24, requires_grad=True)
     real = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
     valid = torch.tensor([[1, 0, 1], [0, 0, 1], [1, 1, 1], [0, 1, 1]]).bool()
-    cache = KVCache()
+    cache = KVCache(4, group=2)
     out = net(embeds=prefix, cache=cache, valid=real)[real].sum()
-    cache.expand(2)
     for t in range(3):
         mask = valid[:, t:t + 1]
-        out = out + net(embeds=tail[:, t:t + 1], cache=cache, valid=mask, at=mask).square().sum()
+        out = out + net(embeds=tail[:, t:t + 1], cache=cache, valid=mask)[mask].square().sum()
     for x, mask in zip(torch.autograd.grad(out, (prefix, tail)), (real, valid)):
         assert x[~mask].eq(0).all() and x[mask].ne(0).any(dim=-1).all() and x.isfinite().all()
 
@@ -279,7 +329,7 @@ class Chain(torch.nn.Module):
         self.net, self.cached = net, cached
 
     def forward(self, embeds, steps=2):
-        cache, x = KVCache() if self.cached else None, embeds
+        cache, x = KVCache(3) if self.cached else None, embeds
         h = self.net.hidden(embeds=embeds, cache=cache)[:, -1:]
         for _ in range(steps):
             x = torch.cat((x, h), dim=1)
@@ -293,7 +343,7 @@ def test_gradients_of_a_latent_chain():
     chain, plain, embeds = Chain(net, True), Chain(net, False), torch.randn(2, 2, 4, dtype=torch.float64)
     weight = torch.randn(2, 1, 5, dtype=torch.float64)
     assert_close(chain(embeds), plain(embeds), atol=1e-10, rtol=1e-9)
-    assert_close(gradients(net, (chain(embeds) * weight).sum()), gradients(net, (plain(embeds) * weight).sum()))
+    assert_close(*(gradients(net, (c(embeds) * weight).sum()) for c in (chain, plain)))
     names, values = zip(*((n, p.detach().clone().requires_grad_()) for n, p in chain.named_parameters()))
     f = lambda x, *p: torch.func.functional_call(chain, dict(zip(names, p)), (x,))
     assert torch.autograd.gradcheck(f, (embeds.requires_grad_(), *values), fast_mode=True)
@@ -301,7 +351,7 @@ def test_gradients_of_a_latent_chain():
 
 def test_bfloat16_cache():
     """Cached and plain passes differ only by rounding: neither is further from float32 than bfloat16 warrants."""
-    net, tokens, cache = small(), random_tokens(2, 40), KVCache()
+    net, tokens, cache = small(), random_tokens(2, 40), KVCache(12)
     want, low = net(tokens), copy.deepcopy(net).bfloat16()
     got = torch.cat([low(part, cache=cache) for part in tokens.split((30, 1, 9), dim=1)], dim=1)
     error, plain_error = (got - want).abs().mean(), (low(tokens) - want).abs().mean()
@@ -309,10 +359,10 @@ def test_bfloat16_cache():
 
 
 def test_autocast_cache():
-    """Under autocast, as on a GPU, keys and values are held in bfloat16, once: no step copies the prefix to convert it."""
+    """Under autocast, as on a GPU, keys and values are held in bfloat16: no step copies the prefix to convert it."""
     net, tokens, kept = small(), random_tokens(2, 12), {}
     keep = lambda t: kept.__setitem__(t.untyped_storage().data_ptr(), t) or t
-    cache, steps = KVCache(), []
+    cache, steps = KVCache(4), []
     with torch.autocast("cpu", torch.bfloat16):
         steps.append(net.hidden(tokens[:, :9], cache=cache))
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
@@ -328,6 +378,9 @@ def test_autocast_cache():
 
 # --- what is refused, and how: an error of one line that names file and key, nothing read or built ---
 
+UNCHECKED = "read before everything was checked"
+
+
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "whole"
@@ -340,13 +393,13 @@ def pristine(tmp_path_factory):
 
 @pytest.fixture
 def whole(pristine, tmp_path, monkeypatch):
-    monkeypatch.setattr(model, "read_tensor", lambda *_: pytest.fail("read before everything was checked"))
+    monkeypatch.setattr(model, "read_tensor", lambda *_: pytest.fail(UNCHECKED))
     return Path(shutil.copytree(pristine / "whole", tmp_path / "whole"))
 
 
 @pytest.fixture
 def shards(pristine, tmp_path, monkeypatch):
-    monkeypatch.setattr(model, "read_tensor", lambda *_: pytest.fail("read before everything was checked"))
+    monkeypatch.setattr(model, "read_tensor", lambda *_: pytest.fail(UNCHECKED))
     return Path(shutil.copytree(pristine / "shards", tmp_path / "shards"))
 
 
@@ -366,13 +419,15 @@ def refused(path, *words, error=ValueError):
 SIZE_KEYS = [k for k in SIZES if k != "rms_norm_eps"]
 ROPE = {"rope_theta": 500.0, "rope_type": "default"}
 OTHER_ROPE = ("yarn", "linear", "dynamic", "longrope")
+BAD_SIZES = ("64", True, 24.0, 0, -24, [24], 2**40, 10**9, 10**400)
 BAD_NUMBERS = ("8", None, True, 0, -1.0, [1], math.nan, math.inf, 10**400)
 
 
 @pytest.mark.parametrize("change, word", [
     ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
     ({"hidden_act": "gelu"}, "hidden_act"), ({"hidden_act": None}, "hidden_act"),
-    ({"model_type": "mistral"}, "mistral"), ({"model_type": ...}, "model_type"), ({"model_type": None}, "model_type"),
+    ({"model_type": "mistral"}, "mistral"), ({"model_type": ...}, "model_type"),
+    ({"model_type": None}, "model_type"),
     ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
     *[({"rope_parameters": {**ROPE, "rope_type": kind, "factor": 2.0}}, kind) for kind in OTHER_ROPE],
     *[({"rope_parameters": ..., "rope_scaling": {"type": kind, "factor": 2.0}}, kind) for kind in OTHER_ROPE],
@@ -386,7 +441,7 @@ BAD_NUMBERS = ("8", None, True, 0, -1.0, [1], math.nan, math.inf, 10**400)
     ({"rope_parameters": {**ROPE, **LLAMA3, "low_freq_factor": 4.0}}, "low_freq_factor"),
     *[({"rope_parameters": {"rope_theta": value}}, "rope_theta") for value in BAD_NUMBERS],
     *[({"rms_norm_eps": value}, "rms_norm_eps") for value in BAD_NUMBERS],
-    *[({key: value}, key) for key in SIZE_KEYS for value in ("64", True, 24.0, 0, -24, [24], 2**40, 10**9, 10**400)],
+    *[({key: value}, key) for key in SIZE_KEYS for value in BAD_SIZES],
     *[({key: None}, key) for key in SIZE_KEYS if key not in ("head_dim", "num_key_value_heads")],
     *[({key: ...}, key) for key in SIZE_KEYS[:5]],
     *[({"tie_word_embeddings": value}, "tie_word_embeddings") for value in ("false", None, 0, [])],
@@ -522,39 +577,54 @@ def test_loading_holds_no_second_copy(tmp_path):
     model.save_tensors(values, tmp_path / "model.safetensors")
     model.write_json(tmp_path / "config.json", config.to_dict())
     small().save_pretrained(tmp_path / "small")
-    done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path, tmp_path / "small"], capture_output=True, text=True,
-                          check=True, cwd=Path(model.__file__).parent)
+    done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path, tmp_path / "small"], capture_output=True,
+                          text=True, check=True, cwd=Path(model.__file__).parent)
     for line in done.stdout.splitlines():
         size, growth = map(float, line.split())
-        assert size > 100 and growth < 1.25 * size + 40, done.stdout
+        assert size > 100 and growth < 1.15 * size + 40, done.stdout
     assert len(done.stdout.splitlines()) == 2
 
 
 @torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
 def test_compiled_blocks():
-    """The compiled causal pass, padded or not, alone and before a tail, gives the eager logits and gradients at several
-    shapes. What training asks of two models' blocks (gradients or none, weights fixed or not) is all compiled."""
+    """A compiled block gives the eager logits and gradients, whatever the shapes, and few graphs serve them all.
+
+    Graph capture is what can go wrong: inductor would take minutes. What a run asks of its models (a wide pass, the
+    same before a tail, one position or several over a tail; with gradients, without, with fixed weights) is all
+    compiled."""
     torch._dynamo.reset()
-    nets = small(), small(tied=False, num_hidden_layers=1)
-    plains, graphs = copy.deepcopy(nets), []
+    nets, graphs = (small(), small(tied=False, num_hidden_layers=1)), []
+    plains = copy.deepcopy(nets)
     for net in nets:
-        net.compile_blocks(backend=lambda graph, _: graphs.append(graph) or graph.forward)  # graph capture is what can go wrong here; inductor would take minutes
-    for rows, length in ((2, 9), (3, 14)):
-        tokens = random_tokens(rows, length)
-        for valid in (None, model.first(torch.randint(3, length, (rows,)), length)):
-            at = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
-            for net, plain in zip(nets, plains):
-                run = lambda m, cache: torch.cat((m(tokens, cache=cache, valid=valid)[at], m(tokens[:, :3], cache=cache).flatten(0, 1)))
-                outs = [run(m, KVCache()) for m in (net, plain)]
+        net.compile_blocks(backend=lambda graph, _: graphs.append(graph) or graph.forward)
+
+    def run(net, tokens, lengths, group, size, cached=True):
+        """Logits of a question, of three latents and of a text behind it."""
+        real, cache = model.first(lengths, tokens.shape[1]), KVCache(size, group) if cached else None
+        h = net.hidden(tokens, cache=cache, valid=real)
+        found, z = [h[real]], h[torch.arange(len(h)), lengths - 1].repeat_interleave(group, dim=0)[:, None]
+        for _ in range(3 if cached else 0):
+            z = net.hidden(embeds=z, cache=cache)
+            found.append(z[:, 0])
+        if cached:
+            text = tokens[:, :4].repeat_interleave(group, dim=0)
+            valid = torch.arange(4) < (torch.arange(len(text)) % 4 + 1)[:, None]
+            found.append(net.hidden(text, cache=cache, valid=valid)[valid])
+        return net.logits(torch.cat(found))
+
+    counts = []
+    for rows, length, group, size in ((2, 9, 1, 7), (3, 14, 4, 9), (4, 6, 2, 12), (1, 8, 1, 8), (5, 20, 3, 30)):
+        args = random_tokens(rows, length), torch.randint(3, length, (rows,)), group, size
+        for net, plain in zip(nets, plains):
+            for cached in (True, False):
+                outs = [run(m, *args, cached) for m in (net, plain)]
                 assert_close(*outs)
                 assert_close(*(gradients(m, out.square().mean()) for m, out in zip((net, plain), outs)))
-                embeds = plain.embed_tokens(tokens).detach()
                 with torch.no_grad():
-                    assert_close(run(net, KVCache()), run(plain, KVCache()))
-                    net.hidden(embeds=embeds, valid=valid)
-                net.hidden(embeds=embeds, valid=valid)
-                net.requires_grad_(False)  # the decoder in RL
-                net.hidden(embeds=embeds, valid=valid)
-                net.hidden(embeds=embeds.requires_grad_(), valid=valid)
+                    assert_close(run(net, *args, cached), outs[1])
+                net.requires_grad_(False)  # the decoder in reinforcement learning
+                assert_close(run(net, *args, cached), outs[1])
                 net.requires_grad_(True)
-    assert len(graphs) > 8
+        counts.append(len(graphs))
+    print("graphs after each shape:", counts)
+    assert 0 < counts[0] and counts[-1] < 60

@@ -1,5 +1,6 @@
 """Training and evaluation from the command line: processes, accumulation, resume, settings, user errors."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -9,25 +10,32 @@ import sys
 from pathlib import Path
 
 import pytest
+import rl as rl_module
 import torch
-from data import builtin_tokenizer, load
-from eval import find_checkpoint, run_main
+import train as module
+from data import Tokenizer, cli, encode_all, load
+from eval import evaluate as figures_of
 from eval import main as evaluate
-from faults import differences, finish, metrics, start
+from faults import ROOT, differences, finish, metrics, start
 from safetensors.torch import load_file, save_file
-from train import Config, Run, batch_indices, build, check, curriculum, load_optimizer, parse, read_data, report, resolve
+from train import (FIELDS, Config, Run, batch_indices, build, check, curriculum, load_optimizer,
+                   make_optimizer, parse, read_data, report, resolve)
 from train import main as train
-from vae import END, START, LatentReasoner
+from vae import END, START, LatentReasoner, find_checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
-SMALL = ["--hidden_size", "16", "--layers", "1", "--heads", "2", "--intermediate_size", "24", "--batch_size", "8",
-         "--micro_batch", "8", "--max_steps", "3", "--eval_every", "0", "--eval_size", "4", "--log_every", "1",
-         "--threads", "1", "--warmup", "2", "--questions_per_step", "4", "--group", "4", "--minibatch", "8",
-         "--rl_lr", "1e-3", "--rl_warmup", "1", "--kl_coef", "0.05"]
+SMALL = ["--hidden_size", "16", "--layers", "1", "--heads", "2", "--intermediate_size", "24",
+         "--batch_size", "8", "--micro_batch", "8", "--max_steps", "3", "--eval_every", "0",
+         "--eval_size", "4", "--log_every", "1", "--threads", "1", "--warmup", "2", "--questions_per_step", "4",
+         "--group", "4", "--minibatch", "8", "--rl_lr", "1e-3", "--rl_warmup", "1", "--kl_coef", "0.05"]
 
 
 def command(out, data, *flags, stage="vae"):
     return [*SMALL, "--stage", stage, "--out_dir", str(out), "--data", data, *flags]
+
+
+def stage_flags(stage, warm):
+    """What the fixtures `vae` and `rl` were trained with."""
+    return ["--max_iters", "8"] if stage == "vae" else ["--max_iters", "3", "--init", str(warm)]
 
 
 def weights(out, stage):
@@ -39,38 +47,44 @@ def weights(out, stage):
 
 def assert_same(a, b, exact=False):
     assert a.keys() == b.keys()
+    tolerance = dict(atol=0, rtol=0) if exact else dict(atol=2e-5, rtol=1e-3)
     for k in a:
-        torch.testing.assert_close(a[k], b[k], msg=lambda m: f"{k}: {m}", **(dict(atol=0, rtol=0) if exact else dict(atol=2e-5, rtol=1e-3)))
+        torch.testing.assert_close(a[k], b[k], msg=lambda m: f"{k}: {m}", **tolerance)
 
 
-def test_rl_moves_all_but_the_decoder(warm, rl):
-    before, after = weights(warm, "vae"), weights(rl, "rl")
-    moved = {k.split(":")[0] + ("" if "heads" not in k else k.split(":")[1].split(".")[0]) for k in before
-             if not k.startswith("optimizer") and not before[k].equal(after[k])}
-    assert moved == {"model.safetensors", "heads.safetensorslatent_head", "heads.safetensorsstop_head"}
+def figures(row):
+    """The numbers of a line of metrics.jsonl."""
+    return {k: v for k, v in {**row, **row.get("valid", {})}.items() if k not in ("valid", "stage")}
 
 
 def assert_logged_the_same(a, b, stage):
     a, b = metrics(Path(a) / stage), metrics(Path(b) / stage)
     assert len(a) == len(b) > 0
     for x, y in zip(a, b):
-        x, y = ({k: v for k, v in {**row, **row.get("valid", {})}.items() if k not in ("valid", "stage")} for row in (x, y))
-        assert x == pytest.approx(y, rel=1e-3, abs=1e-4)
+        assert figures(x) == pytest.approx(figures(y), rel=1e-3, abs=1e-4)
+
+
+# --- one run in any form is the same run ---
+
+def test_rl_moves_all_but_the_decoder(warm, rl):
+    before, after = weights(warm, "vae"), weights(rl, "rl")
+    changed = {k for k in before if not k.startswith("optimizer") and not before[k].equal(after[k])}
+    parts = {k.split(":")[0] if "heads" not in k else k.split(":")[1].split(".")[0] for k in changed}
+    assert parts == {"model.safetensors", "latent_head", "stop_head"}
 
 
 @pytest.mark.parametrize("stage", ("vae", "rl"))
 def test_two_processes_equal_one(tmp_path, vae, warm, rl, data, stage):
     """Same global batch, same rollouts: the same parameters and optimizer state after several steps."""
-    flags = ["--max_iters", "8"] if stage == "vae" else ["--max_iters", "3", "--init", str(warm)]
-    finish(start(*command(tmp_path, data, *flags, stage=stage), processes=2))
+    finish(start(*command(tmp_path, data, *stage_flags(stage, warm), stage=stage), processes=2))
     assert_same(weights(tmp_path, stage), weights(vae if stage == "vae" else rl, stage))
     assert_logged_the_same(tmp_path, vae if stage == "vae" else rl, stage)
 
 
-@pytest.mark.parametrize("stage", ("vae", "rl"))
-def test_accumulation_changes_nothing(tmp_path, vae, warm, rl, data, stage):
-    flags = ["--max_iters", "8"] if stage == "vae" else ["--max_iters", "3", "--init", str(warm)]
-    train(command(tmp_path, data, *flags, "--micro_batch", "3", stage=stage))
+@pytest.mark.parametrize("stage, rows", [("vae", "3"), ("vae", "0"), ("rl", "3"), ("rl", "0")])
+def test_accumulation_changes_nothing(tmp_path, vae, warm, rl, data, stage, rows):
+    """--micro_batch 0 is left to the machine: on a CPU 32 rows, and in RL a question at a time."""
+    train(command(tmp_path, data, *stage_flags(stage, warm), "--micro_batch", rows, stage=stage))
     assert_same(weights(tmp_path, stage), weights(vae if stage == "vae" else rl, stage))
     assert_logged_the_same(tmp_path, vae if stage == "vae" else rl, stage)
 
@@ -79,9 +93,11 @@ def test_same_seed_same_weights_other_seed_other_weights(tmp_path, vae, data):
     train(command(tmp_path / "a", data, "--max_iters", "8"))
     assert differences(tmp_path / "a" / "vae", vae / "vae") == []  # all files, and the metrics but for clocks
     train(command(tmp_path / "b", data, "--max_iters", "8", "--seed", "1"))
-    assert not weights(tmp_path / "b", "vae")["model.safetensors:model.norm.weight"].equal(
-        weights(vae, "vae")["model.safetensors:model.norm.weight"])
+    name = "model.safetensors:model.norm.weight"
+    assert not weights(tmp_path / "b", "vae")[name].equal(weights(vae, "vae")[name])
 
+
+# --- data and start of a run ---
 
 @pytest.mark.parametrize("method, stage, annotated, count", [
     ("atp", "vae", 0, 38), ("atp", "vae", 10, 10), ("cot", "cot", 0, 38), ("simcot", "vae", 0, 38),
@@ -89,35 +105,38 @@ def test_same_seed_same_weights_other_seed_other_weights(tmp_path, vae, data):
 def test_only_imitation_needs_steps(tmp_path, data, method, stage, annotated, count):
     """60 questions, the last 3 for validation; every third shows no steps."""
     lines = Path(data).read_text().splitlines()
+    for i in range(0, len(lines), 3):
+        lines[i] = f"{lines[i].split('||')[0]}|| ####{lines[i].split('####')[1]}"
     file = tmp_path / "questions.txt"
-    file.write_text("\n".join(s if i % 3 else f"{s.split('||')[0]}|| ####{s.split('####')[1]}" for i, s in enumerate(lines)))
-    cfg = Config(data=str(file), method=method, annotated=annotated)
-    run = Run(cfg, stage)
-    model, tokenizer = build(cfg, run)
-    assert len(read_data(cfg, tokenizer, model, run, "train")) == count
-    assert len(read_data(cfg, tokenizer, model, run, "valid")) == 3
+    file.write_text("\n".join(lines))
+    run = Run(Config(data=str(file), method=method, annotated=annotated), stage)
+    run.model, run.tokenizer = build(run.cfg, run)
+    assert len(read_data(run, "train")) == count
+    assert len(read_data(run, "valid")) == 3
 
 
 @pytest.mark.parametrize("method", ("simcot", "coconut", "cot", "nocot"))
 def test_methods_train_and_evaluate(tmp_path, data, method, capsys):
-    train(command(tmp_path, data, "--max_iters", "6", "--method", method))
-    evaluate(["--ckpt", str(tmp_path), "--data", data, "--limit", "5", "--json", str(tmp_path / "x.json")])
-    got = json.loads((tmp_path / "x.json").read_text())
+    stage = "cot" if method == "cot" else "vae"
+    train(command(tmp_path, data, "--max_iters", "6", "--method", method, stage=stage))
+    assert [p.name for p in tmp_path.iterdir()] == [stage]
+    file = tmp_path / "x.json"
+    evaluate(["--ckpt", str(tmp_path), "--data", data, "--limit", "5", "--json", str(file)])
+    got = json.loads(file.read_text())
     assert got["config"]["method"] == method
     assert got["benchmarks"][data]["latents"] == {"simcot": 3, "coconut": 3, "cot": 0, "nocot": 0}[method]
 
 
 def test_evaluation_needs_only_the_checkpoint(tmp_path, rl, data, capsys):
     file = tmp_path / "x.json"
-    evaluate(["--ckpt", str(rl), "--data", data, "easy", "--limit", "7", "--samples", "4", "--explain", "2", "--json", str(file)])
+    evaluate(["--ckpt", str(rl), "--data", data, "easy", "--limit", "7", "--samples", "4", "--explain", "2",
+              "--json", str(file)])
     got = json.loads(file.read_text())
-    figures = got["benchmarks"][data]
-    assert figures["n"] == 7 and set(figures) == {
+    assert got["benchmarks"][data]["n"] == 7 and set(got["benchmarks"][data]) == {
         "n", "accuracy", "tokens", "latents", "coherence", "pass@1", "pass@2", "pass@4", "maj@4"}
     assert got["checkpoint"].startswith(str(rl)) and got["config"]["hidden_size"] == 16
-    said = capsys.readouterr().out
-    example = load(data, "test")[0]
-    assert example.question in said and f"reference: {example.steps[0]}" in said and "| mean |" in said
+    said, example = capsys.readouterr().out, load(data, "test")[0]
+    assert example.question in said and f"reference: {example.steps[0]}" in said and " mean |" in said
 
 
 def test_checkpoint_opens_in_transformers(vae):
@@ -151,11 +170,11 @@ def test_init_keeps_the_parts_that_both_have(vae, flags, parts, capsys):
 
 
 def test_new_tokens_begin_like_a_step(tmp_path, vae, data):
-    """Those around the latents are copies of "<<" (METHOD: what a step begins with). A tokenizer of other weights, or
-    without an end, is refused."""
+    """Those around the latents are copies of "<<", with which a step begins. A tokenizer of other weights is
+    refused."""
     cfg = resolve(parse(SMALL))
     model, tokenizer = build(cfg, Run(cfg, "vae"))
-    rows, [like] = model.policy.embed_tokens.weight, tokenizer.encode("<<")
+    rows, [like] = model.policy.embed_tokens.weight, tokenizer.encode_ordinary("<<")
     for name in (START, END):
         assert torch.equal(rows[tokenizer.token_id(name)], rows[like])
     model.policy.save_pretrained(tmp_path)
@@ -171,12 +190,13 @@ def test_new_tokens_begin_like_a_step(tmp_path, vae, data):
 
 def test_init_says_which_parts_are_new(tmp_path, data, vae, capsys):
     train(command(tmp_path, data, "--max_iters", "2", "--init", str(vae), "--method", "simcot"))
-    started = ["--init", str(tmp_path), "--method", "atp"]
+    started = ["--max_iters", "2", "--init", str(tmp_path), "--method", "atp"]
     with pytest.raises(ValueError, match="has no latent_head; train it first"):
-        train(command(tmp_path, data, "--max_iters", "2", *started, stage="rl"))
+        train(command(tmp_path, data, *started, stage="rl"))
     assert "made new" not in capsys.readouterr().out
-    train(command(tmp_path / "b", data, "--max_iters", "2", *started))
-    assert f"not in {find_checkpoint(tmp_path / 'vae')}, made new: latent_head, stop_head\n" in capsys.readouterr().out
+    train(command(tmp_path / "b", data, *started))
+    start = find_checkpoint(tmp_path / "vae")
+    assert f"not in {start}, made new: latent_head, stop_head\n" in capsys.readouterr().out
 
 
 def test_newest_checkpoint(tmp_path):
@@ -193,68 +213,6 @@ def test_newest_checkpoint(tmp_path):
     assert find_checkpoint(tmp_path / "b") == tmp_path / "b/step-0000007"
 
 
-def test_all_stages_in_turn_and_resume(tmp_path, data, capsys, monkeypatch):
-    """The default job, small: its table, and --resume after it was stopped before the RL stage."""
-    import train as module
-    args = [*SMALL, "--out_dir", str(tmp_path), "--data", data, "--max_iters", "4", "--baseline", "4"]
-
-    def stopped(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "train_rl", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            train(args)
-    splits = set()
-    monkeypatch.setattr(module, "load", lambda name, split, *where: splits.add(split) or load(name, split, *where))
-    train([*args, "--resume"])
-    assert splits == {"train", "valid"}  # a file's "test" is all of it: the table is of what was held out
-    said = capsys.readouterr().out
-    assert all(f"| {row}" in said for row in ("answer only (nocot)", "latents, imitation (vae)", "latents, active planning (rl)"))
-    assert {p.name for p in tmp_path.iterdir()} == {"nocot", "vae", "rl"}
-
-
-def test_rl_continues_settings_of_the_checkpoint(vae):
-    cfg = resolve(parse(["--stage", "rl", "--init", str(vae), "--rl_lr", "1e-5"]))
-    assert (cfg.hidden_size, cfg.max_steps, cfg.group, cfg.rl_lr) == (16, 3, 4, 1e-5)
-
-
-def test_annotated_is_a_default_of_the_builtin_task_alone(vae, data, tmp_path):
-    def given(*flags):
-        return resolve(parse(flags)).annotated
-
-    assert 0 < given() < 40000 and given("--data", data) == given("--data", "chain") == 0 and given("--data", data, "--annotated", "7") == 7
-    assert given("--init", str(vae)) == 0  # trained on `data`
-    LatentReasoner.from_pretrained(find_checkpoint(vae / "vae")).policy.save_pretrained(tmp_path)
-    assert given("--init", str(tmp_path)) == given("--init", str(tmp_path), "--data", "builtin") == 0
-
-
-def test_chain_has_defaults_of_its_own(vae):
-    """5,000 steps from nothing, for the answer-only model as well; what --init continues keeps its settings."""
-    cfg = resolve(parse(["--data", "chain", "--warmup", "7"]))
-    epochs = cfg.cot_epochs + cfg.max_steps * cfg.epochs_per_stage + cfg.final_epochs
-    assert (epochs * 40000 / cfg.batch_size, cfg.baseline, cfg.warmup) == (pytest.approx(5000), 5000, 7)
-    assert resolve(parse(["--data", "chain", "--cot_epochs", "2"])).cot_epochs == 2
-    assert resolve(parse(["--data", "chain", "--init", str(vae)])).final_epochs == resolve(parse(["--init", str(vae)])).final_epochs
-
-
-@pytest.mark.parametrize("task, sets", [("builtin", ["in_dist", "hard", "reworded", "easy"]), ("chain", ["chain"])])
-def test_closing_table_is_of_the_task_trained_on(task, sets, vae, monkeypatch, capsys):
-    model, tokenizer = LatentReasoner.from_pretrained(find_checkpoint(vae)), builtin_tokenizer()
-    monkeypatch.setattr("train.evaluate", lambda model, tokenizer, encoded: ({"n": len(encoded), "accuracy": 0.5, "tokens": 2.0,
-                                                                            "latents": 0.0, "coherence": 0.0}, []))
-    report(resolve(parse(["--data", task])), {"untrained": (model, tokenizer)})
-    assert capsys.readouterr().out.splitlines()[0] == "|  | " + " | ".join([*sets, "mean", "tokens", "coherence"]) + " |"
-
-
-def test_answer_only_makes_as_many_steps_as_imitation(tmp_path, data, capsys):
-    for method in ("atp", "nocot"):
-        train(command(tmp_path / method, data, "--method", method, "--annotated", "16", "--cot_epochs", "1",
-                      "--epochs_per_stage", "1", "--final_epochs", "0"))
-        examples = {"atp": 16, "nocot": 57}[method]
-        assert f"{examples} examples, 8 steps of 8" in capsys.readouterr().out
-
-
 def test_data_order_is_a_function_of_seed_and_step():
     n, size = 10, 4
     stream = [i for step in range(10) for i in batch_indices(3, step, n, size)]
@@ -265,31 +223,204 @@ def test_data_order_is_a_function_of_seed_and_step():
     assert len(batch_indices(0, 0, 3, 8)) == 8  # a data set smaller than the batch
 
 
+# --- the default job ---
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_all_stages_in_turn_and_resume(tmp_path, data, capsys, monkeypatch):
+    """The default job, small: --resume after it was stopped before the RL stage, and its closing table, which
+    is built from the checkpoints."""
+    args = [*SMALL, "--out_dir", str(tmp_path), "--data", data, "--max_iters", "4", "--baseline", "4"]
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train_rl", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train(args)
+    train([*args, "--resume"])
+    assert {p.name for p in tmp_path.iterdir()} == {"nocot", "vae", "rl"}
+    rows = dict(zip(("answer only (nocot)", "latents, imitation (vae)", "latents, active planning (rl)"),
+                    ("nocot", "vae", "rl")))
+    lines = [cells(line) for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    table = {label: rest for label, *rest in lines}
+    assert table.keys() == {"", "---", *rows} and table[""][0] == data
+    for label, stage in rows.items():
+        ckpt = find_checkpoint(tmp_path / stage)
+        tokenizer = Tokenizer.from_pretrained(ckpt)
+        held_out, _ = encode_all(load(data, "valid"), tokenizer, 256)  # a file's "test" is all of it
+        got, _ = figures_of(LatentReasoner.from_pretrained(ckpt), tokenizer, held_out)
+        shown = dict(zip(table[""], table[label]))
+        assert shown[data] == f"{100 * got['accuracy']:.1f}" and shown["tokens"] == f"{got['tokens']:.2f}"
+
+
+@pytest.mark.parametrize("task, sets", [("builtin", ["in_dist", "hard", "reworded", "easy"]),
+                                        ("chain", ["chain"])])
+def test_closing_table_is_of_the_task_trained_on(task, sets, vae, monkeypatch, capsys):
+    seen = []
+
+    def measured(model, tokenizer, encoded, **_):
+        seen.append((encoded[0].example.id.split(":")[0], len(encoded)))
+        return {"n": len(encoded), "accuracy": 0.5, "tokens": 2.0, "latents": 0.0, "coherence": 0.0}, []
+
+    monkeypatch.setattr(module, "evaluate", measured)
+    report(resolve(parse(["--data", task])), {"untrained": vae})
+    assert seen == [(f"{name}_test", 1000) for name in sets]
+    head, _, row = capsys.readouterr().out.splitlines()
+    assert cells(head)[:1 + len(sets)] == ["", *sets] and cells(row)[:2] == ["untrained", "50.0"]
+
+
+def test_answer_only_makes_as_many_steps_as_imitation(tmp_path, data, capsys):
+    for method, examples in (("atp", 16), ("nocot", 57)):
+        train(command(tmp_path / method, data, "--method", method, "--annotated", "16",
+                      "--cot_epochs", "1", "--epochs_per_stage", "1", "--final_epochs", "0"))
+        assert f"{examples} examples, 8 steps of 8" in capsys.readouterr().out
+
+
 def test_curriculum():
     cfg = Config(cot_epochs=2, epochs_per_stage=1, final_epochs=3, batch_size=10, max_steps=3)
-    assert curriculum(cfg, True, 100) == [(0, 20), (1, 10), (2, 10), (3, 40)]
-    assert curriculum(cfg, False, 100) == [(0, 80)]
+    assert curriculum(cfg, True, 100) == [(0, 0, 20), (1, 20, 30), (2, 30, 40), (3, 40, 80)]
+    assert curriculum(cfg, False, 100) == [(0, 0, 80)]
     cfg.max_iters = 8
-    assert curriculum(cfg, True, 100) == [(0, 2), (1, 1), (2, 1), (3, 4)]
+    assert curriculum(cfg, True, 100) == [(0, 0, 2), (1, 2, 3), (2, 3, 4), (3, 4, 8)]
 
 
-def run(script, *args):
-    return subprocess.run([sys.executable, str(ROOT / script), *args], capture_output=True, text=True, timeout=120)
+# --- settings ---
+
+def test_rl_continues_settings_of_the_checkpoint(vae):
+    cfg = resolve(parse(["--stage", "rl", "--init", str(vae), "--rl_lr", "1e-5"]))
+    assert (cfg.hidden_size, cfg.max_steps, cfg.group, cfg.rl_lr) == (16, 3, 4, 1e-5)
+
+
+@pytest.fixture
+def llama(tmp_path, vae):
+    """A Hugging Face LLaMA: no checkpoint of ours."""
+    LatentReasoner.from_pretrained(find_checkpoint(vae / "vae")).policy.save_pretrained(tmp_path / "llama")
+    return str(tmp_path / "llama")
+
+
+def test_annotated_is_a_default_of_the_builtin_task_alone(vae, data, llama):
+    def given(*flags):
+        return resolve(parse(flags)).annotated
+
+    assert 0 < given() < 40000 and given("--data", data) == given("--data", "chain") == 0
+    assert given("--data", data, "--annotated", "7") == 7
+    assert given("--init", str(vae)) == 0  # trained on `data`
+    assert given("--init", llama) == given("--init", llama, "--data", "builtin") == 0
+
+
+def test_chain_has_defaults_of_its_own(vae):
+    """5,000 steps from nothing, for the answer-only model too. What --init continues keeps its settings."""
+    cfg = resolve(parse(["--data", "chain", "--warmup", "7"]))
+    epochs = cfg.cot_epochs + cfg.max_steps * cfg.epochs_per_stage + cfg.final_epochs
+    assert (epochs * 40000 / cfg.batch_size, cfg.baseline, cfg.warmup) == (pytest.approx(5000), 5000, 7)
+    assert resolve(parse(["--data", "chain", "--cot_epochs", "2"])).cot_epochs == 2
+    kept = [resolve(parse(["--init", str(vae), *flags])).final_epochs for flags in ([], ["--data", "chain"])]
+    assert kept[0] == kept[1]
+
+
+def test_a_pretrained_llama_has_the_released_recipe(llama):
+    """METHOD, section 10: what the paper's code and configuration have."""
+    cfg = resolve(parse(["--init", llama]))
+    assert (cfg.data, cfg.cot_epochs, cfg.max_steps, cfg.thoughts_per_step) == ("gsm8k_aug", 0, 10, 2)
+    assert (cfg.lr, cfg.min_lr, cfg.warmup, cfg.clip) == (1e-4, 1, 0, 0)
+    assert (cfg.weight_decay, cfg.decay_all, cfg.beta2) == (0.01, True, 0.999)
+    assert (cfg.rl_lr, cfg.questions_per_step, cfg.group, cfg.minibatch, cfg.rl_iters) == (1e-6, 16, 8, 16, 0)
+    assert (cfg.rl_clip, cfg.latent_grad, cfg.std_norm, cfg.latent_mean) == (1, "score", True, False)
+    assert (cfg.w_acc, cfg.w_fmt, cfg.w_coh, cfg.beta_kl, cfg.decode_coef) == (1, 0.5, 0.1, 1e-3, 1)
+    assert resolve(parse(["--init", llama, "--method", "simcot"])).max_steps == 3
+    assert resolve(parse(["--init", llama, "--method", "coconut", "--max_steps", "5"])).max_steps == 5
+
+
+@pytest.mark.parametrize("stage, flags, precision", [
+    ("rl", ["--latent_grad", "score"], "highest"), ("rl", ["--latent_grad", "path"], "high"),
+    ("vae", ["--latent_grad", "score"], "high"), ("vae", ["--dtype", "float32"], "highest")])
+def test_densities_are_computed_without_tf32(stage, flags, precision):
+    before = torch.get_float32_matmul_precision()
+    try:
+        Run(resolve(parse(flags)), stage)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_help_lists_every_setting(llama, capsys):
+    """With its defaults: of the built-in task, of chain, of a pretrained LLaMA, where these differ."""
+    with pytest.raises(SystemExit) as e:
+        parse(["--help"])
+    said = capsys.readouterr().out.splitlines()
+    assert e.value.code == 0 and max(map(len, said)) <= 120
+    [head] = [line for line in said if line.split() == ["setting", "default", "chain", "pretrained"]]
+    ends = [head.index(name) + len(name) for name in ("default", "chain", "pretrained")]  # right-aligned
+    cases = [Config(), resolve(parse(["--data", "chain"])), resolve(parse(["--init", llama]))]
+    for f in dataclasses.fields(Config):
+        [line] = [line for line in said if line.startswith(f"  --{f.name} ")]
+        shown = [line[len(f"  --{f.name}"):ends[0]], line[ends[0]:ends[1]], line[ends[1]:ends[2]]]
+        for text, cfg in zip(map(str.strip, shown), cases):
+            if f.name not in ("init", "data") or cfg is cases[0]:
+                assert text == str(getattr(cfg, f.name)) or (not text and getattr(cfg, f.name) == f.default)
+        assert line[ends[2]:].strip()  # a note
+    check(Config())
+
+
+@pytest.mark.parametrize("everything", (False, True))
+def test_weight_decay_of_matrices_or_of_everything(everything):
+    """Without a gradient AdamW only decays: p becomes (1 - lr * decay) p."""
+    cfg = resolve(parse([*SMALL, "--lr", "0.1", "--weight_decay", "0.5", "--decay_all", str(everything)]))
+    model, _ = build(cfg, Run(cfg, "vae"))
+    optimizer = make_optimizer(model, cfg, cfg.weight_decay)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    before = {}
+    for name, p in model.named_parameters():
+        p.data.uniform_(1, 2)
+        before[name], p.grad = p.detach().clone(), torch.zeros_like(p)
+    optimizer.step()
+    assert {p.dim() for p in model.parameters()} == {1, 2}
+    for name, p in model.named_parameters():
+        share = 0.95 if p.dim() > 1 or everything else 1.0
+        torch.testing.assert_close(p.detach(), share * before[name])
+
+
+@pytest.mark.parametrize("clip, norm", [(0.0, 5.0), (1.0, 1.0), (7.0, 5.0)])
+def test_clip_0_leaves_gradients_alone(clip, norm):
+    """The norm that is logged is that before clipping."""
+    p = torch.nn.Parameter(torch.zeros(2))
+    p.grad = torch.tensor([3.0, -4.0])
+    run, optimizer = Run(Config(), "vae"), torch.optim.SGD([p])
+    assert run.clip_gradients(optimizer, clip, 1, [], {}) == pytest.approx(5)
+    torch.testing.assert_close(p.grad, torch.tensor([3.0, -4.0]) * norm / 5)
+    p.grad[0] = float("inf")
+    with pytest.raises(FloatingPointError, match="step 9: gradient is not finite; .*batch: a, b"):
+        run.clip_gradients(optimizer, clip, 9, ["a", "b"], {"answer": torch.tensor(1.0)})
+
+
+# --- user errors ---
+
+def command_line(script, *args):
+    whole = [sys.executable, str(ROOT / script), *args]
+    return subprocess.run(whole, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize("args, words", [
-    (["--lr", "fast"], "--lr"), (["--learning_rate", "1"], "--learning_rate"), (["--method", "magic"], "--method"),
-    (["--init", "nowhere"], "nowhere"), (["--stage", "rl", "--out_dir", "nowhere"], "nowhere"), (["--heads", "5"], "--heads"),
-    (["--minibatch", "7"], "--minibatch"), (["--group", "1"], "--group"), (["--lr", "nan"], "--lr"), (["--lr", "-1"], "--lr"),
-    (["--data", "nothing"], "nothing"), (["--stage", "vae", "--data", "gsm8k", "--data_dir", "nowhere"], "data.py gsm8k"),
+    (["--lr", "fast"], "--lr"), (["--learning_rate", "1"], "--learning_rate"),
+    (["--method", "magic"], "--method"), (["--init", "nowhere"], "nowhere"),
+    (["--stage", "rl", "--out_dir", "nowhere"], "nowhere"),
+    (["--heads", "5"], "--heads"), (["--minibatch", "7"], "--minibatch"), (["--group", "1"], "--group"),
+    (["--lr", "nan"], "--lr"), (["--lr", "-1"], "--lr"), (["--data", "nothing"], "nothing"),
+    (["--stage", "vae", "--data", "gsm8k", "--data_dir", "nowhere"], "data.py gsm8k"),
     (["--batch_size", "0"], "--batch_size"), (["--latent_temperature", "0"], "--latent_temperature"),
     (["--max_steps", "256"], "--max_steps"), (["--method", "simcot", "--vae", "yes"], "--vae"),
-    (["--method", "cot", "--decode", "yes"], "--decode"), (["--stage", "cot", "--method", "simcot"], "--stage cot"),
+    (["--method", "cot", "--decode", "yes"], "--decode"),
+    (["--stage", "cot", "--method", "simcot"], "--stage cot"),
 ])
 def test_user_errors_of_train(args, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as e:
-        run_main(lambda: train(args))
+        cli(lambda: train(args))
     err = capsys.readouterr().err
     assert e.value.code == 2 and words in err and err.count("\n") == 1 and err.startswith("error: "), err
     assert not list(tmp_path.iterdir())  # nothing written
@@ -297,71 +428,78 @@ def test_user_errors_of_train(args, words, capsys, tmp_path, monkeypatch):
 
 def test_command_lines_really_exit_2(tmp_path):
     for script, args in (("train.py", ["--lr", "fast"]), ("eval.py", ["--ckpt", str(tmp_path)])):
-        done = run(script, *args)
+        done = command_line(script, *args)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
-def test_help_lists_every_setting(capsys):
-    with pytest.raises(SystemExit) as e:
-        parse(["--help"])
-    said = capsys.readouterr().out
-    assert e.value.code == 0
-    from dataclasses import fields
-    for f in fields(Config):
-        assert f"--{f.name} " in said
-    assert "[12.0; chain: 1.2; pretrained: 0.0]" in " ".join(said.split())
-    check(Config())
+def test_coherence_alone_needs_a_decoder(tmp_path, warm, data):
+    flags = ["--init", str(warm), "--decode", "no", "--w_acc", "0", "--w_coh", "1"]
+    with pytest.raises(ValueError, match="--w_acc 0 --w_coh 1.0: .* has no decoder"):
+        train(command(tmp_path, data, *flags, stage="rl"))
 
 
-def test_gradient_that_is_not_finite_stops_before_the_step(tmp_path, data):
-    """The run ends with the step, the loss part and example ids; the last good checkpoint stands."""
-    args = command(tmp_path, data, "--max_iters", "4", "--save_every", "1")
-    import train as module
-    real, calls = module.collate, []
+# --- ends and resumes ---
 
-    def poisoned(*a, **kw):
-        batch = real(*a, **kw)
-        calls.append(1)
-        if len(calls) == 3:
-            batch.token_weight = float("nan")
+@pytest.mark.parametrize("stage, part", [("vae", "answer"), ("rl", "objective")])
+def test_gradient_that_is_not_finite_stops_before_the_step(tmp_path, data, warm, stage, part, monkeypatch):
+    """The run ends with the step, the loss part and example ids. Weights and the last checkpoint stay."""
+    clip, collate, objective, seen = Run.clip_gradients, module.collate, rl_module.objective, []
+
+    def poisoned_batch(*args):
+        batch = collate(*args)
+        if len(seen) == 2:
+            batch.answer_weight = batch.answer_weight * float("nan")
         return batch
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "collate", poisoned)
-        with pytest.raises(FloatingPointError, match=r"step 3: answer.*not finite.*questions.txt:"):
-            train(args)
-    assert find_checkpoint(tmp_path / "vae").name == "step-0000002"
+    def poisoned_loss(*args):
+        loss, stats = objective(*args)
+        return loss * (float("nan") if len(seen) == 2 else 1.0), stats
+
+    def watched(run, *args):
+        seen.append((run.model, {k: v.clone() for k, v in run.model.state_dict().items()}))
+        return clip(run, *args)
+
+    monkeypatch.setattr(Run, "clip_gradients", watched)
+    monkeypatch.setattr(module, "collate", poisoned_batch)
+    monkeypatch.setattr(rl_module, "objective", poisoned_loss)
+    flags = ["--save_every", "1", "--minibatch", "16", *stage_flags(stage, warm)]  # one update a batch
+    with pytest.raises(FloatingPointError, match=rf"step 3: {part} is not finite.*\(batch: questions.txt:"):
+        train(command(tmp_path, data, *flags, stage=stage))
+    model, before = seen[2]
+    assert len(seen) == 3 and all(v.equal(before[k]) for k, v in model.state_dict().items())
+    assert find_checkpoint(tmp_path / stage).name == "step-0000002"
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path, vae, data, monkeypatch):
-    import train as module
-    real, said = module.supervised_step, []
+    real, others = module.collate, []
 
-    def step(*args):  # while this run goes on, another begins
-        if not said:
-            said.append(run("train.py", *command(tmp_path, data, "--max_iters", "2")))
+    def collate(*args):  # while this run goes on, another begins
+        if not others:
+            others.append(command_line("train.py", *command(tmp_path, data, "--max_iters", "2")))
         return real(*args)
 
-    monkeypatch.setattr(module, "supervised_step", step)
+    monkeypatch.setattr(module, "collate", collate)
     train(command(tmp_path, data, "--max_iters", "8"))
-    assert said[0].returncode == 2 and said[0].stderr.startswith("error: ") and "another run" in said[0].stderr
+    error = others[0].stderr
+    assert others[0].returncode == 2 and error.startswith("error: ") and "another run" in error, error
     assert_same(weights(tmp_path, "vae"), weights(vae, "vae"), exact=True)
     train(command(tmp_path, data, "--max_iters", "2"))  # the folder is free again
 
 
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
 def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, vae, data, number, monkeypatch):
-    """The step is finished, the checkpoint written, the exit status 128 + signal; --resume needs no setting again."""
-    import train as module
-    real, before = module.supervised_step, signal.getsignal(number)
+    """The step is finished, the checkpoint written, the exit status 128 + signal; --resume needs no setting
+    again."""
+    real, calls, before = module.collate, [], signal.getsignal(number)
 
-    def step(run, ddp, optimizer, examples, stage, step, lr):
-        if step == 5:
+    def collate(*args):  # once a step
+        calls.append(1)
+        if len(calls) == 5:
             os.kill(os.getpid(), number)
-        return real(run, ddp, optimizer, examples, stage, step, lr)
+        return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "supervised_step", step)
+        patch.setattr(module, "collate", collate)
         with pytest.raises(SystemExit) as e:
             train(command(tmp_path, data, "--max_iters", "8"))
     assert e.value.code == 128 + number and signal.getsignal(number) is before
@@ -370,15 +508,24 @@ def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, vae, data, number, mo
     assert_same(weights(tmp_path, "vae"), weights(vae, "vae"), exact=True)
 
 
+def test_a_second_signal_stops_at_once():
+    run = Run(Config(), "vae")
+    with pytest.raises(KeyboardInterrupt):
+        with run.deferred_signals():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert run.asked_to_stop()
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_resume_takes_the_divergence_from_the_same_start(tmp_path, vae, warm, rl, data, monkeypatch):
     """Wherever that is by now; nothing, or another checkpoint, in its place is refused."""
-    import train as module
     shutil.copytree(warm / "vae", tmp_path / "vae")
-    place, real = find_checkpoint(tmp_path / "vae"), module.end_step
+    place = find_checkpoint(tmp_path / "vae")
     with monkeypatch.context() as patch:
-        patch.setattr(module, "end_step", lambda run, *rest: setattr(run, "signal", signal.SIGINT) or real(run, *rest))
+        patch.setattr(Run, "asked_to_stop", lambda run: True)
         with pytest.raises(SystemExit):
             train(command(tmp_path, data, "--max_iters", "3", stage="rl"))
+    assert find_checkpoint(tmp_path / "rl").name == "step-0000001"
     resume = ["--stage", "rl", "--resume", "--out_dir", str(tmp_path)]
     (tmp_path / "vae").rename(tmp_path / "moved")
     shutil.copytree(vae / "vae", tmp_path / "vae")
@@ -391,32 +538,37 @@ def test_resume_takes_the_divergence_from_the_same_start(tmp_path, vae, warm, rl
     assert_same(weights(tmp_path, "rl"), weights(rl, "rl"), exact=True)
 
 
-def test_coherence_alone_needs_a_decoder(tmp_path, warm, data):
-    flags = ["--init", str(warm), "--decode", "no", "--w_acc", "0", "--w_coh", "1"]
-    with pytest.raises(ValueError, match="--w_acc 0 --w_coh 1.0: .* has no decoder"):
-        train(command(tmp_path, data, *flags, stage="rl"))
-
-
-def test_resume_refuses_to_become_another_run(vae, data):
-    with pytest.raises(ValueError, match="--lr 0.5: --resume goes on with a run that has --lr"):
-        train(command(vae, data, "--max_iters", "8", "--resume", "--lr", "0.5"))
+@pytest.mark.parametrize("flag, value, was", [
+    ("lr", "0.5", "0.0015"), ("seed", "3", "0"), ("max_iters", "9", "8")])
+def test_resume_refuses_to_become_another_run(vae, data, flag, value, was):
+    flags = ["--max_iters", "8", "--resume", f"--{flag}", value]
+    said = f"--{flag} {value}: --resume goes on with a run that has --{flag} {was} "
+    with pytest.raises(ValueError, match=said):
+        train(command(vae, data, *flags))
+    free = [name for name, f in FIELDS.items() if f.metadata.get("free")]
+    assert flag not in free and "keep" in free
 
 
 def test_the_best_checkpoint_is_kept(tmp_path, data, monkeypatch):
-    """The newest `keep`, and the best by validation, which the newest names."""
-    import train as module
+    """The newest `keep`, and the best by validation, which the newest names. Only the newest has the
+    optimizer."""
     accuracies = iter((0.1, 0.7, 0.2, 0.7, 0.3, 0.4, 0.5, 0.6))
-    monkeypatch.setattr(module, "evaluate", lambda *_: ({"accuracy": next(accuracies)}, []))
-    train(command(tmp_path, data, "--max_iters", "8", "--eval_every", "1", "--save_every", "1", "--keep", "1",
+    monkeypatch.setattr(module, "evaluate", lambda *_, **__: ({"n": 3, "accuracy": next(accuracies)}, []))
+    train(command(tmp_path, data, "--max_iters", "8", "--eval_every", "1", "--save_every", "1", "--keep", "2",
                   "--method", "nocot"))
-    assert sorted(p.name for p in (tmp_path / "vae").glob("step-*")) == ["step-0000002", "step-0000008"]
-    state = json.loads((tmp_path / "vae" / "step-0000008" / "train.json").read_text())
+    found = sorted((tmp_path / "vae").glob("step-*"))
+    assert [p.name for p in found] == ["step-0000002", "step-0000007", "step-0000008"]
+    assert [(p / "optimizer.safetensors").exists() for p in found] == [False, False, True]
+    names = [{f.name for f in p.iterdir()} for p in found]
+    assert names[2] == {*names[0], "optimizer.safetensors"} and names[0] == names[1]
+    state = json.loads((found[2] / "train.json").read_text())
     assert state["best"] == {"step": 2, "accuracy": pytest.approx(0.7)}
+    best, newest = (LatentReasoner.from_pretrained(p).state_dict() for p in (found[0], found[2]))  # both open
+    assert not best["policy.norm.weight"].equal(newest["policy.norm.weight"])
 
 
 @pytest.mark.parametrize("broken", ("save_tensors", "replace"))
 def test_a_full_disk_is_one_line_and_earlier_checkpoints_stand(tmp_path, data, broken, monkeypatch, capsys):
-    import train as module
     owner = module if broken == "save_tensors" else os
     real = getattr(owner, broken)
 
@@ -427,12 +579,12 @@ def test_a_full_disk_is_one_line_and_earlier_checkpoints_stand(tmp_path, data, b
 
     monkeypatch.setattr(owner, broken, full)
     with pytest.raises(SystemExit) as e:
-        run_main(lambda: train(command(tmp_path, data, "--max_iters", "4", "--save_every", "1")))
+        cli(lambda: train(command(tmp_path, data, "--max_iters", "4", "--save_every", "1")))
     said = capsys.readouterr().err
     assert e.value.code == 1 and said.count("\n") == 1 and "step-0000002" in said and "No space left" in said
-    assert [p.name for p in (tmp_path / "vae").iterdir()].count("step-0000001") == 1
-    assert not list((tmp_path / "vae").glob(".tmp-*"))
+    assert sorted(p.name for p in (tmp_path / "vae").iterdir()) == ["metrics.jsonl", "step-0000001"]
     assert find_checkpoint(tmp_path / "vae").name == "step-0000001"
+    assert (find_checkpoint(tmp_path / "vae") / "optimizer.safetensors").exists()
 
 
 @pytest.mark.parametrize("broken", ("disk", "folder"))
@@ -443,15 +595,16 @@ def test_metrics_that_cannot_be_written_are_one_line(tmp_path, broken, capsys):
         run.dir.mkdir()
         (run.dir / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(SystemExit) as e:
-        run_main(lambda: run.log(step=1))
+        cli(lambda: run.log(step=1))
     err = capsys.readouterr().err
     assert e.value.code == 1 and "metrics.jsonl could not be written (No s" in err and err.count("\n") == 1
 
 
 def test_optimizer_state_is_loaded_to_the_parameters_device(tmp_path):
     """All of it: on a GPU fused AdamW wants its count of steps there too."""
-    p = torch.nn.Parameter(torch.empty(2, 2, device="meta"))
+    model = torch.nn.ParameterDict({"p": torch.nn.Parameter(torch.empty(2, 2, device="meta"))})
     save_file({"step.p": torch.ones(1), "exp_avg.p": torch.ones(2, 2)}, tmp_path / "optimizer.safetensors")
-    optimizer = torch.optim.AdamW([p])
-    load_optimizer(optimizer, {p: "p"}, tmp_path)
-    assert {v.device.type for v in optimizer.state[p].values()} == {"meta"} and optimizer.state[p]["step"].dim() == 0
+    optimizer = torch.optim.AdamW(model.parameters())
+    load_optimizer(optimizer, model, tmp_path)
+    state = optimizer.state[model["p"]]
+    assert {v.device.type for v in state.values()} == {"meta"} and state["step"].dim() == 0

@@ -3,41 +3,51 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import naive
 import pytest
 import torch
-from vae import LatentReasoner, LinearCrossEntropy, Noise, collate, gaussian_kl, gaussian_logp
+import torch.nn.functional as F
+import vae
+from data import builtin_tokenizer
+from rl import LogProbs
+from vae import LatentReasoner, Noise, collate, gaussian_kl, gaussian_logp, text_loss
 
 METHODS = ("atp", "simcot", "coconut", "cot", "nocot")
+near = torch.testing.assert_close
+words = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))  # a tokenizer: text is the ids themselves
 
 
 def draw(model, rows, max_tokens=16, seed=1):
-    return Noise.draw(rows, model.config, model.policy.config.hidden_size, max_tokens, torch.Generator().manual_seed(seed))
+    g = torch.Generator().manual_seed(seed)
+    return Noise.draw(rows, model.config, model.policy.config.hidden_size, max_tokens, g)
 
 
+@torch.no_grad()
 def compare(model, questions, group, noise, max_tokens=6, temperature=1.0, latent_temperature=1.0):
-    """The batched rollout equals one naive rollout a row. Returns how many steps each row took."""
-    with torch.no_grad():
-        out = model.rollout(questions, group, noise, max_tokens, temperature, latent_temperature)
-        for b in range(len(questions) * group):
-            plan, tokens, latent_logp, stop_logp, token_logp = naive.rollout(
-                model, questions[b // group], noise, b, max_tokens, temperature or 1e-6, latent_temperature)
-            n = len(plan)
-            assert int(out.steps[b]) == n
-            if n:
-                torch.testing.assert_close(out.z[b, :n], torch.stack(plan), atol=1e-4, rtol=1e-3)
-            assert out.tokens[b, :out.lengths[b]].tolist() == tokens
-            if noise is not None and temperature:
-                torch.testing.assert_close(out.token_logp[b, :len(tokens)], torch.tensor(token_logp), atol=2e-4, rtol=1e-4)
-            if out.latent_logp is not None and n:
-                torch.testing.assert_close(out.latent_logp[b, :n], torch.tensor(latent_logp), atol=2e-3, rtol=1e-4)
-            if out.stop_logp is not None:
-                want = torch.tensor(stop_logp)
-                torch.testing.assert_close(out.stop_logp[b, :len(want)], want, atol=2e-4, rtol=1e-4)
-                assert out.stop_logp[b, len(want):].abs().sum() == 0
-            assert bool(out.stopped[b]) == (model.config.stop and n < model.config.max_steps)
-    return out.steps
+    """The batched rollout equals one naive rollout a row, and LogProbs gives each decision's log-probability.
+    Returns the rollout."""
+    out = model.rollout(questions, group, noise, max_tokens, temperature, latent_temperature)
+    terms = LogProbs(model, temperature or 1.0, "score", latent_temperature or 1.0)(out)
+    for b in range(len(questions) * group):
+        plan, tokens, latent_logp, stop_logp, token_logp = naive.rollout(
+            model, questions[b // group], noise, b, max_tokens, temperature or 1e-6, latent_temperature)
+        n = len(plan)
+        assert int(out.steps[b]) == n
+        assert bool(out.stopped[b]) == (model.config.stop and n < model.config.max_steps)
+        assert out.tokens[b, :out.lengths[b]].tolist() == tokens
+        if n:
+            near(out.z[b, :n], torch.stack(plan), atol=1e-4, rtol=1e-3)
+        if temperature:
+            near(terms.token[b, :len(tokens)], torch.tensor(token_logp), atol=2e-4, rtol=1e-4)
+            assert terms.token[b, len(tokens):].eq(0).all()
+        if model.config.vae and n:
+            near(terms.latent[b, :n], torch.tensor(latent_logp), atol=2e-3, rtol=1e-4)
+        if model.config.stop:
+            near(terms.stop[b, :len(stop_logp)], torch.tensor(stop_logp), atol=2e-4, rtol=1e-4)
+            assert terms.stop[b, len(stop_logp):].eq(0).all()
+    return out
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -52,9 +62,31 @@ def test_rollout_equals_naive(method, sampled):
 @pytest.mark.parametrize("temperature, latent_temperature", [(0.7, 1.0), (0.0, 1.0), (1.0, 1.7), (1.0, 0.0)])
 def test_rollout_rows_stop_at_different_steps(temperature, latent_temperature):
     model = naive.tiny(K=4, seed=3)
-    steps = compare(model, [e.question for e in naive.examples(8)], 4, draw(model, 32), 6, temperature,
-                    latent_temperature)
-    assert set(steps.tolist()) >= {0, 1, 2, 4}, "the case is only worth something when the rows differ"
+    out = compare(model, [e.question for e in naive.examples(8)], 4, draw(model, 32), 6, temperature,
+                  latent_temperature)
+    assert set(out.steps.tolist()) >= {0, 1, 2, 4}, "the case is only worth something when the rows differ"
+
+
+@pytest.mark.parametrize("method", ("atp", "nocot"))
+def test_every_end_of_the_list_ends_an_answer_and_no_id_beyond_the_tokenizer_is_drawn(method):
+    """Of 60 rows of the embedding the tokenizer knows 43. The others may be as likely as they want."""
+    model = naive.tiny(method, seed=3, rows=60, ends=[5, 17, 30])
+    questions = [e.question for e in naive.examples(8)]
+    out = compare(model, questions, 8, draw(model, 64), max_tokens=12)
+    closing = {row[n - 1] for row, n in zip(out.tokens.tolist(), out.lengths.tolist()) if n < 12}
+    assert closing == {5, 17, 30, naive.EOS}
+    with torch.no_grad():
+        for llama in model.llamas():
+            llama.embed_tokens.weight[43:] *= 10
+        logits = model.policy(torch.tensor(questions[0])[None])[0, -1]
+        assert logits.argmax() >= 43, "the case is only worth something when such a row is likeliest"
+    for noise in (None, draw(model, 8)):
+        assert compare(model, questions, 1, noise).tokens.max() < 43
+    if model.decoder is not None:
+        plans = model.plan_texts(torch.randn(40, 1, 2, 16), torch.ones(40).long(), words)
+        texts = [text.split() for text, in plans]
+        assert {len(text) for text in texts} > {16}
+        assert not {t for text in texts for t in map(int, text)} & {5, 17, 30, *range(42, 60)}
 
 
 def test_rollout_does_not_depend_on_the_batch():
@@ -66,11 +98,11 @@ def test_rollout_does_not_depend_on_the_batch():
     assert whole.steps[rows].equal(part.steps)
     assert [t[:n] for t, n in zip(whole.tokens[rows].tolist(), whole.lengths[rows].tolist())] == [
         t[:n] for t, n in zip(part.tokens.tolist(), part.lengths.tolist())]
-    # and shape follows from rows(): whole groups, or equal parts of each
-    cut = whole.rows(torch.arange(8, 16))
-    assert cut.prefix.equal(whole.prefix[2:4]) and cut.group == 4
-    cut = whole.rows(torch.tensor([0, 1, 4, 5, 8, 9]))
-    assert cut.prefix.equal(whole.prefix[:3]) and cut.group == 2
+    # members of groups, of some questions
+    cut, kept = whole.part([2, 0], [1, 3]), [9, 11, 1, 3]
+    assert cut.group == 2 and cut.prefix.equal(whole.prefix[[2, 0]])
+    for name in ("z", "steps", "eps", "tokens", "lengths"):
+        assert getattr(cut, name).equal(getattr(whole, name)[kept]), name
 
 
 def test_sampling_follows_the_distribution():
@@ -97,7 +129,7 @@ def test_losses_equal_naive(method, stage):
     want["answer"] = want["answer"] / tokens
     assert got.keys() == want.keys()
     for k in want:
-        torch.testing.assert_close(got[k].double(), want[k].double(), atol=1e-8, rtol=1e-7, msg=lambda m: f"{k}: {m}")
+        near(got[k].double(), want[k].double(), atol=1e-8, rtol=1e-7, msg=lambda m: f"{k}: {m}")
 
 
 @pytest.mark.parametrize("method, stage", [("atp", 2), ("atp", 0), ("simcot", 2)])
@@ -129,50 +161,38 @@ def test_ablations_equal_naive(parts):
         want = [naive.sft_losses(model, e, 3, eps)[0].get(k) for e, eps in zip(rows, noise)]
         assert (k in got) == (want[0] is not None)
         if k in got:
-            torch.testing.assert_close(got[k].double(), (sum(want) / 5).double(), atol=1e-8, rtol=1e-7)
+            near(got[k].double(), (sum(want) / 5).double(), atol=1e-8, rtol=1e-7)
 
 
 def test_micro_batches_add_up():
     model, rows = naive.tiny(dtype=torch.float64), naive.examples(7)
     noise = torch.randn(7, 3, 2, 16, dtype=torch.float64)
     whole = model(collate(rows, model.config, 2, noise))
-    tokens = round(1 / collate(rows, model.config, 2).token_weight)
-    parts = [model(collate(rows[i:j], model.config, 2, noise[i:j], 7, tokens)) for i, j in ((0, 2), (2, 3), (3, 7))]
+    tokens, cuts = len(collate(rows, model.config, 2).answer), ((0, 2), (2, 3), (3, 7))
+    parts = [model(collate(rows[i:j], model.config, 2, noise[i:j], 7, tokens)) for i, j in cuts]
     for k in whole:
-        torch.testing.assert_close(sum(p[k] for p in parts), whole[k])
+        near(sum(p[k] for p in parts), whole[k])
 
 
-@pytest.mark.parametrize("stage", (0, 3))
-def test_leaving_padding_out_changes_nothing(stage, monkeypatch):
-    """Losses and gradients with padding computed, left out, and left out with attention in parts."""
-    rows, found = naive.examples(9), []
-    noise = torch.randn(9, 3, 2, 16, dtype=torch.float64)
-    for worth, part in ((10**9, 10**9), (1, 10**9), (1, 8)):
-        monkeypatch.setattr("model.WORTH", worth)
-        monkeypatch.setattr("model.PART", part)
-        model = naive.tiny(dtype=torch.float64)
-        losses = model(collate(rows, model.config, stage, noise))
-        sum(losses.values()).backward()
-        found.append([*losses.values(), *(p.grad for p in model.parameters() if p.grad is not None)])
-    for other in found[1:]:
-        torch.testing.assert_close(other, found[0], atol=1e-11, rtol=1e-9)
-
-
-def test_linear_cross_entropy_equals_torch(monkeypatch):
-    h, weight = torch.randn(7, 5, dtype=torch.float64), torch.randn(11, 5, dtype=torch.float64)
-    targets, w = torch.randint(11, (7,)), torch.rand(7, dtype=torch.float64)
-    results = []
-    for logits in (None, 1, 33, 10**6):
-        monkeypatch.setattr("vae.LOGITS", logits)
-        a, b = h.clone().requires_grad_(), weight.clone().requires_grad_()
-        if logits is None:
-            loss = (torch.nn.functional.cross_entropy(a @ b.t(), targets, reduction="none") * w).sum()
-        else:
-            loss = LinearCrossEntropy.apply(a, b, targets, w)
-        (3 * loss).backward()
-        results.append((loss.detach(), a.grad, b.grad))
-    for other in results[1:]:
-        torch.testing.assert_close(other, results[0])
+@pytest.mark.parametrize("tied", (True, False))
+def test_text_loss_in_parts_equals_cross_entropy(tied, monkeypatch):
+    """Value and gradients are those of F.cross_entropy on all logits, of which few lie in memory at once."""
+    net = naive.tiny("nocot", dtype=torch.float64).policy
+    if not tied:
+        net.lm_head = torch.nn.Linear(16, 43, bias=False, dtype=torch.float64)
+    table = (net.embed_tokens if tied else net.lm_head).weight
+    h, targets = torch.randn(7, 16, dtype=torch.float64, requires_grad=True), torch.randint(43, (7,))
+    weights, plain, seen = torch.rand(7, dtype=torch.float64), net.logits, []
+    monkeypatch.setattr(net, "logits", lambda x: seen.append(len(x)) or plain(x))
+    want = (F.cross_entropy(h @ table.t(), targets, reduction="none") * weights).sum()
+    gradients = torch.autograd.grad(3 * want, (h, table))
+    for limit, rows in ((1, 1), (43 * 3, 3), (43 * 7, 7), (10**6, 7)):
+        monkeypatch.setitem(vae.MAX_LOGITS, "cpu", limit)
+        seen.clear()
+        got = text_loss(net, h, targets, weights)
+        near(got, want)
+        near(torch.autograd.grad(3 * got, (h, table)), gradients)
+        assert max(seen) == rows
 
 
 @pytest.mark.parametrize("method", ("atp", "simcot"))
@@ -192,33 +212,35 @@ def test_gradient_through_the_chain_of_latents(method):
             p -= 2e-6 * direction
             down = loss()
             p += 1e-6 * direction
-        assert math.isclose(float(up - down) / 2e-6, float((p.grad * direction).sum()), rel_tol=1e-5, abs_tol=1e-6), name
+        slope = float((p.grad * direction).sum())
+        assert math.isclose(float(up - down) / 2e-6, slope, rel_tol=1e-5, abs_tol=1e-6), name
 
 
 def test_gaussians_equal_torch_distributions():
     z, mu, logvar = torch.randn(3, 4, 5, 6, dtype=torch.float64).unbind(0)
     normal = torch.distributions.Normal(mu, (logvar / 2).exp())
-    torch.testing.assert_close(gaussian_logp(z, mu, logvar), normal.log_prob(z).sum(-1))
-    kl = torch.distributions.kl_divergence(normal, torch.distributions.Normal(torch.zeros_like(mu), torch.ones_like(mu)))
-    torch.testing.assert_close(gaussian_kl(mu, logvar), kl.mean(-1))
+    near(gaussian_logp(z, mu, logvar), normal.log_prob(z).sum(-1))
+    standard = torch.distributions.Normal(torch.zeros_like(mu), torch.ones_like(mu))
+    kl = torch.distributions.kl_divergence(normal, standard)
+    near(gaussian_kl(mu, logvar), kl.mean(-1))
 
 
-def test_decode_steps_equals_one_at_a_time():
+@torch.no_grad()
+def test_plan_texts_equals_one_at_a_time():
     model = naive.tiny()
     z, steps = torch.randn(4, 3, 2, 16), torch.tensor([3, 0, 1, 2])
-    got = model.decode_steps(z, steps, max_tokens=5, rows=4)
+    got = model.plan_texts(z, steps, words, max_tokens=5, rows=4)
     assert [len(r) for r in got] == steps.tolist()
-    with torch.no_grad():
-        for b, row in enumerate(got):
-            for k, text in enumerate(row):
-                inputs, want = list(z[b, k]), []
-                for _ in range(5):
-                    token = int(model.decoder.logits(naive.read(model.decoder, inputs)).argmax())
-                    if token == naive.EOS:
-                        break
-                    want.append(token)
-                    inputs += naive.embed(model.decoder, [token])
-                assert text == want
+    for b, row in enumerate(got):
+        for k, text in enumerate(row):
+            inputs, want = list(z[b, k]), []
+            for _ in range(5):
+                token = int(model.decoder.logits(naive.read(model.decoder, inputs)).argmax())
+                if token == naive.EOS:
+                    break
+                want.append(token)
+                inputs += naive.embed(model.decoder, [token])
+            assert text == words.decode(want)
 
 
 def test_generation_ends_at_eos():
@@ -233,8 +255,8 @@ def test_decoder_reaches_policy_and_heads():
     """L_decode alone moves policy, latent head and decoder, not the stop head."""
     model = naive.tiny()
     model(collate(naive.examples(3), model.config, 3, torch.randn(3, 3, 2, 16)))["decode"].backward()
-    moved = {n.split(".")[0] for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-    assert moved == {"policy", "latent_head", "decoder"}
+    reached = {n.split(".")[0] for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert reached == {"policy", "latent_head", "decoder"}
 
 
 def test_checkpoint_round_trip(tmp_path):
@@ -249,14 +271,20 @@ def test_checkpoint_round_trip(tmp_path):
 
 
 @pytest.mark.parametrize("change", (
-    {"max_steps": None}, {"max_steps": 0}, {"max_steps": 10**9}, {"method": "magic"}, {"vae": 1}, {"start_id": 10**9},
-    {"end_id": -1}, {"unknown": 1}, "a list", "missing"), ids=str)
+    {"max_steps": None}, {"max_steps": 0}, {"max_steps": 10**9}, {"method": "magic"}, {"vae": 1},
+    {"start_id": 10**9}, {"end_id": -1}, {"start_id": 42, "vocab_size": 42}, {"vocab_size": 44},
+    {"vocab_size": 0}, {"unknown": 1}, "a list", "missing"), ids=str)
 def test_hostile_latent_json(tmp_path, change):
     naive.tiny().save_pretrained(tmp_path)
     file = tmp_path / "latent.json"
     raw = json.loads(file.read_text())
-    raw.pop("stop") if change == "missing" else raw
-    file.write_text(json.dumps([raw] if change == "a list" else raw if change == "missing" else raw | change))
+    if change == "missing":
+        del raw["stop"]
+    elif change == "a list":
+        raw = [raw]
+    else:
+        raw |= change
+    file.write_text(json.dumps(raw))
     with pytest.raises(ValueError, match="latent.json: "):
         LatentReasoner.from_pretrained(tmp_path)
 
@@ -270,8 +298,28 @@ def test_loaded_in_another_dtype(tmp_path, dtype):
 
 
 def test_batch_without_a_single_step():
-    """Without a stop head an example needs no steps; there is nothing to decode then."""
-    model = naive.tiny("simcot")
+    """Without a stop head an example needs no steps: each of its latent steps decodes the answer."""
+    model = naive.tiny("simcot", dtype=torch.float64)
     rows = [replace(e, steps=[]) for e in naive.examples(2)]
-    losses = model(collate(rows, model.config, 3))
-    assert losses["decode"] == 0 and losses["answer"] > 0
+    losses, want = model(collate(rows, model.config, 3)), [naive.sft_losses(model, e, 3)[0] for e in rows]
+    near(losses["decode"], (want[0]["decode"] + want[1]["decode"]) / 2)
+
+
+def test_new_tokens_take_free_rows_of_a_padded_vocabulary(tmp_path):
+    """The table grows only where the rows that the tokenizer does not use are too few."""
+    import train
+    words = builtin_tokenizer().vocab_size
+    for spare, rows in ((0, words + 2), (1, words + 2), (2, words + 2), (5, words + 5)):
+        folder = tmp_path / str(spare)
+        builtin_tokenizer().save_pretrained(folder)
+        net = naive.tiny("nocot", rows=words + spare).policy
+        net.save_pretrained(folder)
+        args = train.parse(["--stage", "vae", "--init", str(folder), "--out_dir", str(tmp_path)])
+        run = SimpleNamespace(device=torch.device("cpu"), name="vae", say=print)
+        model, tokenizer = train.build(train.resolve(args), run)
+        assert (model.config.start_id, model.config.end_id) == (words, words + 1)
+        assert model.config.vocab_size == tokenizer.vocab_size == words + 2
+        table = model.policy.embed_tokens.weight
+        assert len(table) == model.policy.config.vocab_size == rows
+        kept = [i for i in range(words + spare) if i not in (words, words + 1)]
+        assert table[kept].equal(net.embed_tokens.weight[kept])
