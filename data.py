@@ -42,7 +42,7 @@ DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"
 NUMBER = re.compile(rf"([-+]?)\$?([-+]?)({DIGITS})%?\.?")
 ANSWER = re.compile(rf"(?:\*\*)?(?:\\boxed\{{)?([-+]?)(?:[$€£] ?)?([-+]?)({DIGITS})%?[*}}.,;:!?)]*(?!\S)")
 STEP = re.compile(r"<<([^<>=\n]*)=([^<>=\n]*)>>")
-TERM = re.compile(rf"(?:^|//|[-+*/x×÷]) ?(?:[-+]? ?\( ?)*([-+]?) ?\$?({DIGITS})%?(?: ?\))* ?")
+TERM = re.compile(rf"(?:^|(?!^)(?://|[-+*/x×÷])) ?(?:[-+]? ?\( ?)*([-+]?) ?\$?({DIGITS})%?(?: ?\))* ?")
 
 
 def parse_number(text: str) -> Decimal | None:
@@ -126,8 +126,8 @@ FORMS = [("question", "answer"), ("problem", "answer"), ("input", "target"),
 def load(name: str, split: str, data_dir: str | Path = "data") -> list[Example]:
     """The examples of one split ("train", "valid", "test") of a dataset, or of a file that `read_file` reads.
 
-    Of a user's file "test" is all, "valid" the last 5 % (1 to 500 items), "train" the rest. Bad training items
-    are left out with a note: language models wrote the field's training files.
+    Of a user's file "test" is all, "valid" the last 5 % (1 to 500 items), "train" the rest. Bad items of
+    these are left out with a note: language models wrote the field's training files.
     """
     if name in BUILTIN:
         return builtin(name, split)
@@ -239,8 +239,8 @@ def _json(text: str | bytes):
 
 # --- tokenizer ---
 
-# These cut text into pieces, within which byte pairs are merged. The third is GPT-2's on text that was first cut
-# at every digit: the last blank before a digit stands alone, as at the end of a text.
+# These cut text into pieces, within which byte pairs are merged. The third is GPT-2's on text that was first
+# cut at every digit: the last blank before a digit stands alone, as at the end of a text.
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
                   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 GPT2_PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -313,15 +313,16 @@ class Tokenizer:
             self._added = {name: id for name, id in read().items() if self.special.get(name) != id}
             self._register(self._added)
             file = "tokenizer_config.json"
-            stated = {key: read().get(key) for key in ("bos_token", "eos_token") if read().get(key)}
+            values = read()
+            stated = {key: values[key] for key in ("bos_token", "eos_token") if values.get(key)}
             for key, value in stated.items():
                 name = value["content"] if isinstance(value, dict) else value
                 setattr(self, key.replace("token", "id"), self.token_id(name))
             file = "config.json"
             self._set_ends(read().get("eos_token_id"), "eos_token" in stated)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            reason = str(error) if isinstance(error, ValueError) else repr(error)
-            raise ValueError(f"{folder / file}: {' '.join(reason.split())}") from None
+            reason = str(error) if isinstance(error, ValueError) else f"not of the expected form, {error!r}"
+            raise ValueError(f"{folder / file}: {' '.join(reason.split())[:300]}") from None
         return self
 
     def _set_ends(self, ends, has_eos: bool):
@@ -409,8 +410,9 @@ class Tokenizer:
         """The ids of these special tokens; unknown ones are appended at the end of the id space."""
         for name in names:
             if name not in self.special:
-                self._added[name] = self.vocab_size
-                self._register({name: self.vocab_size})
+                new = {name: self.vocab_size}
+                self._register(new)
+                self._added |= new
         return [self.special[name] for name in names]
 
 
@@ -422,10 +424,10 @@ def _read_tokenizer_model(raw: bytes):
     """Llama 3's format, "base64 rank" lines -> (tokens, special, pattern)."""
     tokens = {}
     for number, line in enumerate(raw.splitlines()):
-        token, rank = line.split()
-        tokens[base64.b64decode(token, validate=True)] = int(rank)
-        if int(rank) != number or len(tokens) != number + 1:
-            raise ValueError(f"line {number + 1} is doubled or out of order; download the file again")
+        token, _, rank = line.partition(b" ")
+        if rank != b"%d" % number:
+            raise ValueError(f"line {number + 1} must be 'base64 {number}'; download the file again")
+        tokens[base64.b64decode(token, validate=True)] = number
     if any(bytes([b]) not in tokens for b in range(256)):
         raise ValueError("not every single byte is a token; download the file again")
     return tokens, {name: len(tokens) + i for i, name in enumerate(LLAMA3_SPECIAL)}, LLAMA3_PATTERN
@@ -436,7 +438,8 @@ def _read_tokenizer_json(raw: bytes):
     file = _json(raw)
     model, added, pre = file["model"], file.get("added_tokens") or [], file["pre_tokenizer"]
     usual = {"type", "vocab", "merges", "ignore_merges", "fuse_unk", "id", "content", "special", "normalized"}
-    for part in ({"normalizer": file.get("normalizer")}, model, *added):
+    normalizer = file.get("normalizer") or {}
+    for part in ({"normalizer": normalizer.get("normalizers", normalizer)}, model, *added):
         for key, value in part.items():
             if value and key not in usual or key == "type" and value != "BPE":
                 raise ValueError(f"{key} {short(value)} is not supported")
@@ -461,14 +464,14 @@ def _pattern(pre: list[dict]) -> str:
             return DIGITS_PATTERN
         if not by_regex and kinds == ["Split", "ByteLevel"] and is_isolated and not first.get("invert"):
             return first["pattern"]["Regex"] + r"|(?s:.)"  # tiktoken drops what no alternative matches
-    raise ValueError(f"pre_tokenizer {json.dumps(pre)[:200]} is not supported")
+    raise ValueError(f"pre_tokenizer {short(pre)} is not supported")
 
 
 def _check_merges(tokens: dict[bytes, int], merges: list[tuple[bytes, bytes]], ignore_merges: bool):
     """Refuse a table by which tiktoken would not merge as Hugging Face does.
 
     Hugging Face merges the listed pairs in order; tiktoken any two that spell a token, lowest id first. A
-    segment of a text merges as it does alone. So both agree on every text if ids ascend along the list and each
+    part of a text merges as it does alone. So both agree on every text if ids ascend along the list and each
     token, merged alone, comes to a listed pair.
     """
     ids, pairs = [tokens[a + b] for a, b in merges], set(merges)
@@ -491,9 +494,9 @@ def _check_merges(tokens: dict[bytes, int], merges: list[tuple[bytes, bytes]], i
 # --- built-in task ---
 #
 # Word problems about who has how many of something. A question is a random expression tree; its nodes are the
-# steps. A node may be computed once its children are, so many questions have several right orders of steps. The
-# label shows a random one: imitating it is a poor teacher (paper, section 1). A hash of the tree, without names
-# and wording, decides the split: no test question is a training question in disguise.
+# steps. A node may be computed once its children are, so many questions have several right orders of steps.
+# The label shows a random one: imitating it is a poor teacher (paper, section 1). A hash of the tree, without
+# names and wording, decides the split: no test question is a training question in disguise.
 
 TEST_SETS = ("in_dist", "hard", "reworded", "easy")  # like the paper's GSM8K, GSM-Hard, SVAMP, MultiArith
 BUILTIN = {"builtin": dict(train=40_000, valid=1_000), **{name: dict(test=1_000) for name in TEST_SETS},
@@ -621,8 +624,8 @@ BUILTIN_PIECES = r"### | ?[A-Za-z]+(?: (?=[0-9]))?|[0-9]{1,2}|<<|>>\n?|\?\n?|[\s
 
 
 def builtin_tokenizer() -> Tokenizer:
-    """Each word and each number up to LARGEST is one token. A word takes the space before it, and the one after
-    it before a number, so that a number is the same token in questions and in steps."""
+    """Each word and each number up to LARGEST is one token. A word takes the space before it and
+    the one after it before a number, so that a number is the same token in questions and in steps."""
     words = {"### ", "\n", "?\n", ">>", ">>\n", "<<", *"+-*=.?", *map(str, range(LARGEST + 1)), *NAMES}
     for text in [text for pair in WORDING.values() for text in pair]:
         for name in NAMES:
@@ -653,7 +656,7 @@ def encode_example(example: Example, tokenizer: Tokenizer) -> Encoded:
 
 
 def encode_all(examples: list[Example], tokenizer: Tokenizer, max_len: int) -> tuple[list[Encoded], int]:
-    """Encode those of at most max_len ids, start and end of the latents included -> (encoded, number skipped).
+    """Encode those of at most max_len ids, start and end of latents included -> (encoded, number skipped).
     A long question is never cut: it would have another answer."""
     kept = []
     for example in examples:
@@ -695,7 +698,7 @@ TIMEOUT = 30  # seconds without a byte
 def download(file: str, data_dir: str | Path, source_dir: str | Path | None = None) -> Path:
     """Put one file of SOURCES into data_dir, from source_dir where that has it, and return its path.
 
-    A right file is left alone, and only a file with the pinned sum gets the final name. Raises ValueError for a
+    A right file is left alone, and only a file with the pinned sum gets the final name. ValueError for a
     wrong file, ConnectionError when the network fails.
     """
     origin, digest, _ = SOURCES[file]
@@ -710,7 +713,8 @@ def download(file: str, data_dir: str | Path, source_dir: str | Path | None = No
         with urllib.request.urlopen(origin, timeout=TIMEOUT) as response, open(part, "wb") as copy:
             shutil.copyfileobj(response, copy)
     except (OSError, HTTPException) as error:
-        raise ConnectionError(f"{origin}: {error}; run again, or use --from DIR") from None
+        reason = " ".join(str(error).split())
+        raise ConnectionError(f"{origin}: {reason}; run again, or use --from DIR") from None
     if hashlib.sha256(part.read_bytes()).hexdigest() != digest:
         part.unlink()
         raise ValueError(f"{origin} is not the published {file}, whose SHA-256 is {digest}")

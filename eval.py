@@ -34,10 +34,10 @@ def judge(texts, example):
 @torch.no_grad()
 def evaluate(model, tokenizer, encoded, batch_size=128, samples=0, seed=0, max_tokens=160, temperature=1.0,
              latent_temperature=1.0, bf16=False, progress=None):
-    """Figures of data.Encoded questions, and what became of each question (a list of dicts).
+    """Figures of data.Encoded questions, and what became of each (a list of dicts).
 
     Figures are means over questions: accuracy and coherence (0 to 1), latents, tokens (latents and answer
-    tokens without <eos>); pass@k and maj@k of `samples` rollouts each. progress: the label of a bar."""
+    tokens without <eos>), pass@k and maj@k of `samples` rollouts each. progress: label of a bar."""
     model.eval()
     config, policy = model.config, model.policy.config
     # a latent method writes only its short answer
@@ -46,7 +46,7 @@ def evaluate(model, tokenizer, encoded, batch_size=128, samples=0, seed=0, max_t
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].question))
     size = max(1, batch_size // max(1, samples))
     parts = [order[at:at + size] for at in range(0, len(order), size)]
-    results = [{} for _ in encoded]
+    results = [{}] * len(encoded)
     for part in tqdm(parts, progress, leave=False, disable=None if progress else True):
         questions, plans = [encoded[i].question for i in part], [[]] * len(part)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
@@ -63,24 +63,25 @@ def evaluate(model, tokenizer, encoded, batch_size=128, samples=0, seed=0, max_t
         latents = (rollout.steps * config.thoughts_per_step).tolist()
         lengths = rollout.lengths.tolist()
         for j, i in enumerate(part):
-            example, text = encoded[i].example, texts[j]
-            results[i] = {**vars(example), "plan": plans[j], "text": text, "accuracy": is_correct(text, example),
-                          "tokens": latents[j] + lengths[j] - ended[j], "latents": latents[j],
-                          "coherence": coherence(plans[j], extract_answer(text))}
+            example, text, plan = encoded[i].example, texts[j], plans[j]
+            results[i] = vars(example) | {
+                "plan": plan, "text": text, "accuracy": is_correct(text, example), "latents": latents[j],
+                "tokens": latents[j] + lengths[j] - ended[j],
+                "coherence": coherence(plan, extract_answer(text))}
             if samples:
                 results[i] |= judge(sampled[j * samples:(j + 1) * samples], example)
-    names = ["accuracy", "tokens", "latents", "coherence"]
+    n, names = len(results), ["accuracy", "tokens", "latents", "coherence"]
     names += [name for name in results[0] if "@" in name] if results else []
-    return {"n": len(results)} | {k: sum(r[k] for r in results) / max(1, len(results)) for k in names}, results
+    return {"n": n} | {name: sum(r[name] for r in results) / max(1, n) for name in names}, results
 
 
 def over_sets(run):
-    """The mean over the test sets of {test set: figures}, as the paper reports it."""
+    """The mean over the sets of {test set: figures}, as the paper reports it."""
     return {name: mean(figures[name] for figures in run.values()) for name in [*run.values()][0]}
 
 
 def cell(name, runs):
-    """A figure's mean over runs ± standard deviation, of a difference ± standard error; shares in per cent."""
+    """A figure's mean over runs ± standard deviation, a difference's ± standard error; shares in per cent."""
     scale, digits = {"n": (1, 0), "tokens": (1, 2), "latents": (1, 2)}.get(name, (100, 1))
     values = [scale * figures[name] for figures in runs if name in figures]
     sign, count = ("+", len(values)) if name.startswith("to ") else ("", 1)
@@ -89,7 +90,7 @@ def cell(name, runs):
 
 
 def table(rows, names=("tokens", "coherence")):
-    """Markdown of [(label, run, ...)], a run {test set: figures}: accuracy by set, its mean, means of `names`."""
+    """Markdown of [(label, run, ...)], runs being {test set: figures}: accuracy, then means over sets."""
     lines = []
     for label, *runs in rows:
         cells = {name: cell("accuracy", [run[name] for run in runs]) for name in runs[0]}
@@ -104,30 +105,42 @@ def table(rows, names=("tokens", "coherence")):
 
 def gather(folders):
     """{row: {seed: record}} of all runs in the folders. A row is named by its folders with a * for the seed:
-    few_0/vae and few_1/vae are few_*/vae. ValueError where a row has a seed twice."""
+    few_0/vae and few_1/vae are few_*/vae. ValueError: a row has a seed twice."""
     rows, found = {}, [ckpt.resolve() for folder in folders for ckpt in checkpoints(folder)]
     root = os.path.commonpath([ckpt.parents[1] for ckpt in found])
     for ckpt in found:
         config, name = read_state(ckpt)["config"], os.path.relpath(ckpt.parent, root)
-        row = re.sub(rf"(?<!\d){config['seed']}(?![0-9a-zA-Z])", "*", name, count=1)
-        record = {"row": row, "checkpoint": str(ckpt), "config": config, "benchmarks": {}, "explained": {}}
+        row = re.sub(rf"(?<!\d){config['seed']}(?![^\W_])", "*", name, count=1)
+        record = {"row": row, "checkpoint": str(ckpt), "config": config}
         if rows.setdefault(row, {}).setdefault(config["seed"], record) is not record:
-            raise ValueError(f"--compare: {ckpt.parent} is the second run with seed {config['seed']} in {row}")
+            raise ValueError(f"--compare: {ckpt.parent} is the second run of seed {config['seed']} in {row}")
     return rows
+
+
+def compare(rows, base):
+    """Rows of `table` from {row: {seed: record}}, with differences to row `base`, paired by seed."""
+    for row in rows.keys() - {base}:
+        for seed in rows[row].keys() & rows[base].keys():
+            for name, start in rows[base][seed]["benchmarks"].items():
+                figures = rows[row][seed]["benchmarks"][name]
+                figures[f"to {base}"] = figures["accuracy"] - start["accuracy"]
+    return [(row, *(record["benchmarks"] for record in seeds.values())) for row, seeds in rows.items()]
 
 
 def measure(record, data, args):
     """Evaluate the checkpoint of a record on {test set: examples}; print the questions of --explain."""
     ckpt, device = record["checkpoint"], device_of(args.device)
     auto = "auto" if device.type == "cuda" else None
-    model, tokenizer = LatentReasoner.from_pretrained(ckpt, device=device), Tokenizer.from_pretrained(ckpt)
+    model = LatentReasoner.from_pretrained(ckpt, device=device)
+    tokenizer = Tokenizer.from_pretrained(ckpt)
     check_vocabulary(tokenizer, model.policy, ckpt)
     if args.compile in ("yes", auto):
         model.compile_blocks()
+    record |= {"benchmarks": {}, "explained": {}}
     for name, examples in data.items():
         encoded, skipped = encode_all(examples, tokenizer, model.policy.config.max_position_embeddings)
         if skipped:
-            print(f"{name}: {skipped} questions do not fit the context of {ckpt}")
+            print(f"{name}: {skipped} questions do not fit the context")
         if not encoded:
             raise ValueError(f"{name}: none of its questions fits the context of {ckpt}")
         record["benchmarks"][name], results = evaluate(
@@ -137,18 +150,8 @@ def measure(record, data, args):
         for r in results[:args.explain]:
             print(f"{r['id']}: {r['question']}")
             for step, reference in zip_longest(r["plan"], r["steps"], fillvalue=""):
-                print(f"  {step:<16} reference: {reference}")
-            print(f"  {r['text']!r} reference: {r['answer']}\n")
-
-
-def compare(rows, base):
-    """Rows of the table of {row: {seed: record}}: each run's figures get its difference to row `base`, same seed."""
-    for row in rows.keys() - {base}:
-        for seed in rows[row].keys() & rows[base].keys():
-            for name, start in rows[base][seed]["benchmarks"].items():
-                figures = rows[row][seed]["benchmarks"][name]
-                figures[f"to {base}"] = figures["accuracy"] - start["accuracy"]
-    return [(row, *(record["benchmarks"] for record in records.values())) for row, records in rows.items()]
+                print(f"  {step:<20} reference: {reference}")
+            print(f"  {r['text']:<20} reference: {r['answer']}\n")
 
 
 def plot(file, rows):
@@ -159,22 +162,22 @@ def plot(file, rows):
         raise ValueError("--plot needs matplotlib (pip install matplotlib)") from None
     figure = Figure(figsize=(16, 4), layout="constrained")
     first, *others = figure.subplots(1, 4)
-    first.set_title("accuracy against tokens")
-    for i, (row, records) in enumerate(rows.items()):
-        means = [over_sets(record["benchmarks"]) for record in records.values()]
-        first.plot([m["tokens"] for m in means], [m["accuracy"] for m in means], f"oC{i}", label=row)
-        for record in records.values():
-            lines = map(json.loads, open(f"{record['checkpoint']}/../metrics.jsonl"))
-            lines = [line for line in lines if "reward" in line]
+    for i, (row, seeds) in enumerate(rows.items()):
+        means = [over_sets(record["benchmarks"]) for record in seeds.values()]
+        first.plot([m["tokens"] for m in means], [m["accuracy"] for m in means], f"oC{i % 10}", label=row)
+        first.set(title="accuracy", xlabel="tokens")
+        first.legend()
+        for record in seeds.values():
+            metrics = open(f"{record['checkpoint']}/../metrics.jsonl", encoding="utf-8")
+            lines = [json.loads(line) for line in metrics if '"reward"' in line]
             for axis, name in zip(others, ("reward", "accuracy", "coherence")):
-                axis.plot([line["step"] for line in lines], [line[name] for line in lines], f"C{i}")
-                axis.set_title(f"RL: {name}")
-    figure.legend(loc="outside lower center")
+                axis.plot([line["step"] for line in lines], [line[name] for line in lines], f"C{i % 10}")
+                axis.set(title=name, xlabel="RL step")
     figure.savefig(file)
 
 
 FLAGS = {  # default, or choices of which it is the first; help
-    "ckpt": ("out", "checkpoint, run or folder of runs, of which the newest"),
+    "ckpt": ("out", "checkpoint, run, or folder of runs: the newest"),
     "data_dir": ("data", "folder of the published files"),
     "split": (("test", "valid", "train"), "of each set"),
     "limit": (0, "questions of each set (0: all)"),
@@ -183,47 +186,50 @@ FLAGS = {  # default, or choices of which it is the first; help
     "latent_temperature": (1.0, "of sampled latents: times sigma"),
     "batch_size": (128, "rollouts in one pass"),
     "max_tokens": (160, "of a written chain of thought"),
-    "explain": (0, "questions of each set to print with their plans"),
+    "explain": (0, "questions of each set to print, with plans"),
     "seed": (0, "of the samples"),
     "device": (("auto", "cpu", "cuda"), "auto: a GPU if there is one"),
     "dtype": (("auto", "float32", "bfloat16"), "auto: bfloat16 on a GPU"),
     "compile": (("auto", "yes", "no"), "auto: on a GPU"),
-    "json": ("", "file for configuration, figures, explained questions"),
-    "baseline": ("", "a run of the row that others are compared with (the first)"),
+    "json": ("", "file for configurations and figures"),
+    "baseline": ("", "run whose row others are compared with (the first)"),
     "plot": ("", "file for a picture of the runs")}
 
 
 def main(argv=None):
     p = Parser(description=__doc__.split("\n")[0])
     p.add_argument("--data", nargs="+", default=TEST_SETS, help=f"sets or files [{' '.join(TEST_SETS)}]")
-    p.add_argument("--compare", nargs="+", metavar="DIR", help="instead of --ckpt: a table of all runs in these")
+    p.add_argument("--compare", nargs="+", metavar="DIR", help="instead of --ckpt: all runs in these folders")
     for name, (default, text) in FLAGS.items():
         choices = default if type(default) is tuple else None
         default = choices[0] if choices else default
-        p.add_argument(f"--{name}", type=type(default), choices=choices, default=default, help=f"{text} [{default}]")
+        p.add_argument(f"--{name}", type=type(default), choices=choices, default=default,
+                       help=f"{text} [{default}]")
     args = p.parse_args(argv)
     for name, value in vars(args).items():
         least = int(name in ("batch_size", "max_tokens"))
         if type(value) in (int, float) and not least <= value < 2**32:
             raise ValueError(f"--{name} {value}: must be from {least} to 2^32 - 1")
-    if args.plot:
-        plot(args.plot, {})  # fails now, not after the work
+    if args.plot:  # what cannot be written fails now, not after the work
+        plot(args.plot, {})
+    if args.json:
+        open(args.json, "a").close()
     data = {name: load(name, args.split, args.data_dir)[:args.limit or None] for name in args.data}
     rows = gather(args.compare or [find_checkpoint(args.ckpt)])
-    records = [record for row in rows.values() for record in row.values()]
+    records = [r for seeds in rows.values() for r in seeds.values()]
     start = args.baseline and str(find_checkpoint(args.baseline).resolve())
-    base = [record["row"] for record in records if start in ("", record["checkpoint"])]
+    base = [r["row"] for r in records if start in ("", r["checkpoint"])]
     if not base:
         raise ValueError(f"--baseline {args.baseline}: not one of the runs that --compare names")
     for record in records:
         measure(record, data, args)
-    sets = records[0]["benchmarks"]
-    names = [name for name in over_sets(sets) if name != "accuracy"]
+    run = records[0]["benchmarks"]
+    names = [name for name in over_sets(run) if name != "accuracy"]
     if args.compare:
         print(table(compare(rows, base[0]), [f"to {base[0]}", *names[1:]]))
     else:
-        several = {"mean": over_sets(sets)} if len(sets) > 1 else {}
-        print(table([(name, {"accuracy %": figures}) for name, figures in {**sets, **several}.items()], names))
+        sets = {**run, "mean": over_sets(run)} if len(run) > 1 else run
+        print(table([(name, {"accuracy %": figures}) for name, figures in sets.items()], names))
     if args.plot:
         plot(args.plot, rows)
     if args.json:

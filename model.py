@@ -158,11 +158,12 @@ class KVCache:
     def start(self, kv, valid, dtype):
         """Keep the keys and values of the first pass, with `valid` (Q, S) what is no padding, and an empty tail."""
         self.prefix = [tuple(t.contiguous() for t in layer) for layer in kv]
-        Q, KV, S, D = self.prefix[0][0].shape
-        empty = kv[0][0].new_zeros(Q, KV, self.group, self.size, D)
-        # without gradients columns are written in place: then every layer needs a tail of its own
-        own = torch.clone if not torch.is_grad_enabled() else torch.Tensor.detach
-        self.tail = [(own(empty), own(empty)) for _ in kv]
+        Q, KV, _, D = self.prefix[0][0].shape
+        # a tail needs a gradient from the start, as it will later: else its first latent is a graph of its own
+        empty = lambda: kv[0][0].new_zeros(Q, KV, self.group, self.size, D, requires_grad=kv[0][0].requires_grad)
+        shared = empty(), empty()
+        # without gradients columns are written in place, so that every layer needs a tail of its own
+        self.tail = [shared if torch.is_grad_enabled() else (empty(), empty()) for _ in kv]
         self.prefix_bias = bias_of(valid, dtype)[:, None, None, None, None]
         self.counts = valid.new_zeros(Q * self.group, self.size)
         self.next_position = valid.sum(dim=1).repeat_interleave(self.group)
@@ -297,6 +298,7 @@ class LLaMA(nn.Module):
     def compile_blocks(self, backend="inductor"):
         """torch.compile of the block. All layers share its graphs: one for each kind of pass (wide or over a tail,
         with gradients or without), with sizes left open."""
+        torch._dynamo.config.recompile_limit = 64  # there are more kinds of passes than the usual 8
         self.run_block = torch.compile(Block.forward, dynamic=True, backend=backend)
 
     def forward(self, tokens=None, embeds=None, cache=None, valid=None):

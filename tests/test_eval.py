@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import shutil
 import statistics
 import sys
 from types import SimpleNamespace
@@ -21,12 +20,13 @@ TEXTS = {"72": [1, 2, 42], "24": [1, 3, 42], "24, without an end": [1, 3]}  # to
 
 
 def canned():
-    """A model that answers question [1] greedily with 72, by a coherent plan of two steps, and in samples with 72, 24,
-    24, 24; question [2, 3] with 24, without an end and by a plan that leads to 72, and in samples with 24, 24, 72, 24."""
+    """A model that answers question [1] greedily with 72, after a coherent plan of two steps, and [2, 3] with
+    24, without an end and after a plan of one step that leads to 72. `samples` are its sampled answers."""
     model = naive.tiny(c=2)
     greedy = {1: ["72"], 2: ["24, without an end"]}
     samples = {1: ["72", "24", "24", "24"], 2: ["24", "24", "72", "24"]}
-    model.plan_texts = lambda z, steps, words: [["<<48/2=24>>", "<<48+24=72>>"][2 - n:] for n in steps.tolist()]
+    plan = ["<<48/2=24>>", "<<48+24=72>>"]
+    model.plan_texts = lambda z, steps, words: [plan[2 - n:] for n in steps.tolist()]
 
     def rollout(questions, group=1, noise=None, max_tokens=16, temperature=1.0, latent_temperature=1.0):
         model.asked = max_tokens, temperature, latent_temperature
@@ -47,20 +47,27 @@ def test_figures_of_evaluate(batch_size):
     figures, results = evaluate(model, Words(), questions, batch_size, samples=4, temperature=0.5,
                                 latent_temperature=3.0)
     assert figures == pytest.approx({
-        "n": 2, "accuracy": 1, "latents": (4 + 2) / 2, "tokens": (4 + 2 + 2 + 2) / 2, "coherence": (1 + 0) / 2,
-        "pass@1": (1 + 3) / 8, "pass@2": (1 / 2 + 1) / 2, "pass@4": 1, "maj@4": (0 + 1) / 2})
+        "n": 2, "accuracy": 1, "latents": (4 + 2) / 2, "tokens": (4 + 2 + 2 + 2) / 2,
+        "coherence": (1 + 0) / 2, "pass@1": (1 + 3) / 8, "pass@2": (1 / 2 + 1) / 2, "pass@4": 1,
+        "maj@4": (0 + 1) / 2})
     assert model.asked == (16, 0.5, 3.0)
     assert [(r["id"], r["text"], r["tokens"]) for r in results] == [("b", "### 24", 4), ("a", "### 72", 6)]
     assert [r["plan"] for r in results] == [["<<48+24=72>>"], ["<<48/2=24>>", "<<48+24=72>>"]]
     assert evaluate(model, Words(), questions)[0] == {k: v for k, v in figures.items() if "@" not in k}
-    assert evaluate(model, Words(), [])[0] == {"n": 0, "accuracy": 0, "tokens": 0, "latents": 0, "coherence": 0}
+    none, _ = evaluate(model, Words(), [])  # a process may have no question of a small validation set
+    assert none == {"n": 0, "accuracy": 0, "tokens": 0, "latents": 0, "coherence": 0}
 
 
 def test_a_written_chain_may_fill_the_context():
     for method, most, wanted in (("cot", 160, 160), ("cot", 10**6, 2048), ("atp", 160, 16)):
         model, asked = naive.tiny(method), []
         rollout = model.rollout
-        model.rollout = lambda questions, max_tokens: asked.append(max_tokens) or rollout(questions, max_tokens=2)
+
+        def short(questions, max_tokens, rollout=rollout, asked=asked):
+            asked.append(max_tokens)
+            return rollout(questions, max_tokens=2)
+
+        model.rollout = short
         evaluate(model, Sums(), naive.examples(2), max_tokens=most)
         assert model.policy.config.max_position_embeddings == 2048 and asked == [wanted]
 
@@ -99,13 +106,16 @@ def test_samples_of_a_question_are_its_own(method):
     assert len({r["pass@1"] for r in whole}) > 2
     assert sampled(questions, 4) == whole and sampled(questions, 9) == whole
     assert sampled(questions[:5], 64) == whole[:5]
+    equal = evaluate(model, Sums(), [questions[0]] * 8, samples=4, max_tokens=5)[1]
+    assert len({r["pass@1"] for r in equal}) > 1  # no two questions share their noise
     assert sampled(questions, 64, seed=1) != whole and sampled(questions, 64, temperature=0.1) != whole
 
 
-def fake_run(folder, seed, **state):
+def fake_run(folder, seed):
     ckpt = folder / "step-000001"
     ckpt.mkdir(parents=True)
-    (ckpt / "train.json").write_text(json.dumps({"config": {"method": "atp", "seed": seed}, "step": 1, **state}))
+    state = {"config": {"method": "atp", "seed": seed}, "step": 1}
+    (ckpt / "train.json").write_text(json.dumps(state))
     (ckpt / "latent.json").write_text("{}")
 
 
@@ -120,13 +130,16 @@ def test_rows_are_folders_without_their_seeds(tmp_path, monkeypatch):
         "few_*/b10_x": [0, 1, 10], "few_*/rl1": [0, 1, 10], "few_*/vae": [0, 1, 10], "few_*/deep/rl": [1]}
     assert list(gather(["few_1"])) == ["b10_x", "rl*", "vae"]  # what all paths share is left out
     assert list(gather(["few_1/vae"])) == ["vae"]
-    with pytest.raises(ValueError, match=r"--compare: .*few_1/vae is the second run with seed 1 in few_\*/vae"):
+    fake_run(tmp_path / "width_10" / "vae", 0)
+    assert list(gather(["width_10", "few_0/vae"])) == ["width_10/vae", "few_*/vae"]
+    with pytest.raises(ValueError, match=r"few_1/vae is the second run of seed 1 in few_\*/vae"):
         gather(["few_0", "few_1", "few_1/vae"])
 
 
 def run(*accuracies, **figures):
-    return {name: {"n": 10, "accuracy": a, "tokens": 4.0, "latents": 2.0, "coherence": 0.5, **figures}
-            for name, a in zip("ab", accuracies)}
+    """{test set: figures} of the sets a and b."""
+    figures = {"n": 10, "tokens": 4.0, "latents": 2.0, "coherence": 0.5, **figures}
+    return {name: {**figures, "accuracy": accuracy} for name, accuracy in zip("ab", accuracies)}
 
 
 def cells(line):
@@ -135,14 +148,16 @@ def cells(line):
 
 def test_table_of_models():
     head, rule, *rows = table([("x", run(0.2, 0.6)), ("y", run(0.3, 0.4, tokens=5.125))]).splitlines()
-    assert cells(head) == ["", "a", "b", "mean", "tokens", "coherence %"] and cells(rule) == ["---"] + 5 * ["---:"]
+    assert cells(head) == ["", "a", "b", "mean", "tokens", "coherence %"]
+    assert cells(rule) == ["---"] + 5 * ["---:"]
     assert list(map(cells, rows)) == [["x", "20.0", "60.0", "40.0", "4.00", "50.0"],
                                       ["y", "30.0", "40.0", "35.0", "5.12", "50.0"]]
-    assert cells(table([("x", run(0.2))]).splitlines()[0]) == ["", "a", "tokens", "coherence %"]  # one set: no mean
+    head, *_ = table([("x", run(0.2))]).splitlines()
+    assert cells(head) == ["", "a", "tokens", "coherence %"]  # the mean of one set would say it twice
 
 
 def test_runs_are_compared_over_seeds_and_paired_by_seed():
-    """Mean ± deviation over seeds; the difference of rows with seeds 2, 0, 1 and 0, 1, 2, 7 is that of 0, 1, 2."""
+    """Mean ± deviation over seeds. Rows with seeds 2, 0, 1 and 0, 1, 2, 7 are compared over 0, 1 and 2."""
     base = {s: {"benchmarks": run(0.2 + s / 10, 0.5)} for s in (0, 1, 2, 7)}
     better = {s: {"benchmarks": run(0.4 + s / 10, 0.5 + s / 10, tokens=4.0 + s)} for s in (2, 0, 1)}
     single = {1: {"benchmarks": run(0.1, 0.5)}}
@@ -189,10 +204,10 @@ def test_one_checkpoint_from_the_command_line(runs, capsys):
     found = json.loads(file.read_text())
     for row, name in zip(rows, (data, "easy")):
         figures = found["benchmarks"][name]
-        shown = [f"{100 * figures['accuracy']:.1f}", "3", f"{figures['tokens']:.2f}", f"{figures['latents']:.2f}"]
-        assert cells(row)[1:5] == shown
+        assert cells(row)[1:4] == [f"{100 * figures['accuracy']:.1f}", "3", f"{figures['tokens']:.2f}"]
     [explained] = found["explained"][data]
-    assert explained["steps"] == ["<<1+2=3>>"] and explained["question"] in said and "reference: <<1+2=3>>" in said
+    assert explained["steps"] == ["<<1+2=3>>"] and "reference: <<1+2=3>>" in said
+    assert explained["question"] in said and explained["text"] in said
 
 
 def test_compare_from_the_command_line(runs, capsys):
@@ -217,10 +232,12 @@ def test_compare_from_the_command_line(runs, capsys):
 @pytest.mark.parametrize("args, words", [
     (["--baseline", "{runs}/out_1/vae"], "--baseline"), (["--ckpt", "empty"], "empty: no checkpoint there"),
     (["--device", "gpu"], "--device"), (["--device", "cuda"], "--device cuda: this torch sees no GPU"),
-    (["--dtype", "float16"], "--dtype"), (["--data", "nothing"], "no dataset and no file 'nothing'"),
+    (["--dtype", "float16"], "--dtype"), (["--json", "nowhere/x.json"], "'nowhere/x.json'"),
+    (["--data", "nothing"], "no dataset and no file 'nothing'"),
     (["--data", "long.txt"], "long.txt: none of its questions fits"), (["--seed", "-1"], "--seed -1"),
     (["--samples", "-1"], "--samples -1"), (["--batch_size", "0"], "--batch_size 0"),
-    (["--temperature", "-1"], "--temperature -1"), (["--latent_temperature", "nan"], "--latent_temperature nan")])
+    (["--temperature", "-1"], "--temperature -1"),
+    (["--latent_temperature", "nan"], "--latent_temperature nan")])
 def test_user_errors_of_eval(args, words, runs, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "long.txt").write_text(f"Ann has {'1 and ' * 400}2 pens.||<<1+2=3>> #### 3")
@@ -239,11 +256,6 @@ def test_plot(runs, tmp_path, capsys, monkeypatch):
     for file, words in (("x.zzz", "'zzz' is not supported"), ("nowhere/x.png", "No such file")):
         with pytest.raises((ValueError, OSError), match=words):  # before the work
             main(["--compare", "nothing", "--plot", str(tmp_path / file)])
-    copy = shutil.copytree(runs / "out_0", tmp_path / "copy")
-    with open(copy / "rl" / "metrics.jsonl", "a") as f:
-        f.write("{\n")
-    with pytest.raises(ValueError, match="rl.metrics.jsonl: "):
-        main(["--compare", str(copy), *args[2:], str(tmp_path / "y.png")])
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ValueError, match="--plot needs matplotlib"):
         main(["--compare", "nothing", "--plot", "x.png"])
@@ -252,8 +264,8 @@ def test_plot(runs, tmp_path, capsys, monkeypatch):
 def test_samples_at_temperature_0_differ_by_their_latents_alone(runs, tmp_path, monkeypatch):
     """In a method without VAE and stop head, all are the greedy answer."""
     file = str(runs / "questions.txt")
-    train([*SMALL, "--data", file, "--out_dir", str(tmp_path), "--stage", "vae", "--max_iters", "2", "--method",
-           "simcot"])
+    train([*SMALL, "--data", file, "--out_dir", str(tmp_path), "--stage", "vae", "--max_iters", "2",
+           "--method", "simcot"])
     greedy, share = {}, {}
     monkeypatch.setattr(eval, "is_correct", lambda text, example: greedy.setdefault(example.id, text) == text)
     for temperature in ("0", "1"):

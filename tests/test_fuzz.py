@@ -1,5 +1,5 @@
-"""Every file that is read, broken at random: nothing but the documented errors, in one line that names the file; no
-hang, no memory beyond MEMORY, nothing written. What is read all the same must also run.
+"""Every file that is read, broken at random: nothing but the documented errors, in one line that names the
+file; no hang, no memory beyond MEMORY, nothing written. What is read all the same must also run.
 
     python -m pytest tests/test_fuzz.py                 FUZZ mutations of each format, always the same ones
     FUZZ=2000 python -m pytest tests/test_fuzz.py       as many as are promised
@@ -22,28 +22,32 @@ from safetensors.torch import save_file
 
 import data
 from data import Tokenizer
-from eval import read_state
 from model import LLaMA, write_json
-from vae import LatentReasoner
+from vae import LatentReasoner, read_state
 
 FUZZ = int(os.environ.get("FUZZ", 120))
 MEMORY = 2**29  # bytes of address space that reading one file may add
 SECONDS = 10    # for one file
 
-VALUES = [None, True, False, 0, 1, -1, 2, 3, 7, 2**24, 2**31, 2**63, 2**64, 10**20, 10**400, 0.0, 0.5, -0.0, 1e-300, 1e30,
-          1e308, float("nan"), float("inf"), "", "a", "5", "\n", "\0", "\ud800", "../x", "/x", "é" * 300, "x" * 10**5,
-          [], {}, [[]], [None], [0], [1, 2], [2**62, 2**62], ["a", "b"], {"a": 1}, {"": None}, "llama3", "default",
-          "F32", "BF16", "I64", "BOOL", "F8_E4M3", "F4", "####", "<<1/0=1>>", "(" * 1000, "||", "-1e5", "(?=(a+))+\\1x"]
-NAMES = ["", "a", "\n", "\0", "__metadata__", "dtype", "rope_scaling", "rope_type", "head_dim", "unk_token", "input", "target"]
-JUNK = [b"\0", b"\xef\xbb\xbf", b"\r\n", b"\r", b"\n", b"\xff", b"\xed\xa0\x80", b"\x85", b"{", b"}", b"[", b"]", b'"', b",", b":",
-        b"[" * 5000, b'{"a":' * 5000, b"9" * 5000, b"1e999999999", b"NaN", b"\\ud800", b"\\u0000", b"-", b"#", b"<<", b">>", b"||",
-        b" " * 5000, b"\n" * 5000, b"(" * 5000, b"null", b"\xff" * 8, (2**62).to_bytes(8, "little"), b"\xe2\x80\xa8"]
+VALUES = [None, True, False, 0, 1, -1, 2, 3, 7, 2**24, 2**31, 2**63, 2**64, 10**20, 10**400, 0.0, 0.5, -0.0,
+          1e-300, 1e30, 1e308, float("nan"), float("inf"), "", "a", "5", "\n", "\0", "\ud800", "../x", "/x",
+          "é" * 300, "x" * 10**5, [], {}, [[]], [None], [0], [1, 2], [2**62, 2**62], ["a", "b"], {"a": 1},
+          {"": None}, "llama3", "default", "F32", "BF16", "I64", "BOOL", "F8_E4M3", "F4", "####", "<<1/0=1>>",
+          "(" * 1000, "||", "-1e5", "(?=(a+))+\\1x"]
+NAMES = ["", "a", "\n", "\0", "__metadata__", "dtype", "rope_scaling", "rope_type", "head_dim", "unk_token",
+         "input", "target"]
+JUNK = [b"\0", b"\xef\xbb\xbf", b"\r\n", b"\r", b"\n", b"\xff", b"\xed\xa0\x80", b"\x85", b"{", b"}", b"[",
+        b"]", b'"', b",", b":", b"[" * 5000, b'{"a":' * 5000, b"9" * 5000, b"1e999999999", b"NaN",
+        b"\\ud800", b"\\u0000", b"-", b"#", b"<<", b">>", b"||", b" " * 5000, b"\n" * 5000, b"(" * 5000,
+        b"null", b"\xff" * 8, (2**62).to_bytes(8, "little"), b"\xe2\x80\xa8"]
 place = st.floats(0, 1, exclude_max=True)
-BYTES = st.tuples(st.sampled_from(["flip", "cut", "drop", "double", "insert", "overwrite", "crlf", "head"]), place, place,
-                  st.integers(0, 7), st.sampled_from(JUNK))
-JSON = st.tuples(st.sampled_from(["set", "set", "set", "delete", "rename", "wrap", "deep"]),
-                 st.lists(st.integers(0, 999), min_size=1, max_size=6), st.sampled_from(VALUES), st.sampled_from(NAMES),
-                 st.integers(1, 990))
+BYTES = st.tuples(
+    st.sampled_from(["flip", "cut", "drop", "double", "insert", "overwrite", "crlf", "head"]), place, place,
+    st.integers(0, 7), st.sampled_from(JUNK))
+JSON = st.tuples(
+    st.sampled_from(["set", "set", "set", "delete", "rename", "wrap", "deep"]),
+    st.lists(st.integers(0, 999), min_size=1, max_size=6), st.sampled_from(VALUES), st.sampled_from(NAMES),
+    st.integers(1, 990))
 
 
 def mutate_bytes(raw, how):
@@ -54,12 +58,13 @@ def mutate_bytes(raw, how):
     j = i + 1 + int(b ** 4 * (len(raw) - i))  # mostly short slices
     if kind == "flip":
         return raw[:i] + bytes([raw[i] ^ 1 << bit]) + raw[i + 1:] if raw else raw
-    return {"cut": raw[:i], "drop": raw[:i] + raw[j:], "double": raw[:j] + raw[i:], "insert": raw[:i] + junk + raw[i:],
-            "overwrite": raw[:i] + junk + raw[i + len(junk):], "crlf": raw.replace(b"\n", b"\r\n")}[kind]
+    return {"cut": raw[:i], "drop": raw[:i] + raw[j:], "double": raw[:j] + raw[i:],
+            "insert": raw[:i] + junk + raw[i:], "overwrite": raw[:i] + junk + raw[i + len(junk):],
+            "crlf": raw.replace(b"\n", b"\r\n")}[kind]
 
 
 def mutate_json(value, how):
-    """One place of a JSON value, found by a walk from the root, set to another value, deleted, renamed or nested."""
+    """A place of a JSON value, found by a walk from the root, is set anew, deleted, renamed or nested."""
     kind, walk, new, name, depth = how
     box = [copy.deepcopy(value)]
     parent, key = box, 0
@@ -105,8 +110,8 @@ def as_header(raw, how):
 
 def llama(folder):
     net = naive.tiny("nocot").policy
-    net.config.rope_scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                               "original_max_position_embeddings": 64}
+    net.config.rope_scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                               "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
     net.save_pretrained(folder)
     return net
 
@@ -124,7 +129,8 @@ def sharded(folder):
 
 def checkpoint(folder):
     naive.tiny().save_pretrained(folder)
-    write_json(folder / "train.json", {"config": {"method": "atp", "seed": 0}, "step": 3, "stage": "vae", "best": {}})
+    state = {"config": {"method": "atp", "seed": 0}, "step": 3, "stage": "vae", "best": {}}
+    write_json(folder / "train.json", state)
 
 
 def bpe(folder):
@@ -163,8 +169,16 @@ def read_reasoner(folder):
     LatentReasoner.from_pretrained(folder).rollout([[1, 2], [3]], max_tokens=3)
 
 
-GSM = [{"question": f"How many {i}?", "answer": f"It is {i}+2=<<{i}+2={i + 2}>>{i + 2}.\n#### {i + 2},000"} for i in range(3)]
-SVAMP = [{"Body": "He had 3.", "Question": "How many?", "Equation": "( ( 8.0 + 2.5 ) - 3.0 )", "Answer": 7.5}] * 2
+GSM = [{"question": f"How many {i}?", "answer": f"It is {i}+2=<<{i}+2={i + 2}>>{i + 2}.\n#### {i + 2},000"}
+       for i in range(3)]
+COCONUT = [{"question": " How many?", "steps": ["<<5*3=15>>", "<<15+$2=17>>"], "answer": "1,017.0"},
+           {"question": "Why?", "steps": [], "answer": 5}]
+COT = [{"question": "How many?", "cot": "<<5*3=15>> <<15+2=17>>", "answer": "17"},
+       {"problem": "Why?", "answer": "5"}]
+HARD = [{"input": "How many?", "code": "x", "target": 2.5e-06}, {"input": "q", "target": 5}]
+ARITH = [{"input": "How many?", "target": "5"}, {"input": "q", "target": 7.0}]
+SVAMP = [{"Body": "He had 3.", "Question": "How many?", "Equation": "( ( 8.0 + 2.5 ) - 3.0 )",
+          "Answer": 7.5}] * 2
 AUG = "How many?||<<600*30/100=180>> <<600-180=420>> #### 420\nWhy?||<<1+2=3>> #### -3.50\n"
 FORMATS = {  # file -> (valid folder, structure, reader)
     "model.safetensors": (llama, as_header, read_llama),
@@ -173,14 +187,17 @@ FORMATS = {  # file -> (valid folder, structure, reader)
     "config.json": (llama, as_json, read_llama),
     "heads.safetensors": (checkpoint, as_header, read_reasoner),
     "latent.json": (checkpoint, as_json, read_reasoner),
+    "./config.json": (checkpoint, as_json, read_reasoner),
     "train.json": (checkpoint, as_json, read_state),
     "tokenizer.json": (bpe, as_json, read_tokenizer),
     "added_tokens.json": (bpe, as_json, read_tokenizer),
+    "tokenizer_config.json": (bpe, as_json, read_tokenizer),
     "tokenizer.model": (tiktoken, None, read_tokenizer),
     "gsm8k.jsonl": (lines("gsm8k.jsonl", *GSM), as_lines, None),
-    "gsm_hard.jsonl": (lines("gsm_hard.jsonl", {"input": "How many?", "code": "x", "target": 2.5e-06}, {"input": "q", "target": 5}),
-                       as_lines, None),
-    "multiarith.jsonl": (lines("multiarith.jsonl", {"input": "How many?", "target": "5"}, {"input": "q", "target": 7.0}), as_lines, None),
+    "gsm_hard.jsonl": (lines("gsm_hard.jsonl", *HARD), as_lines, None),
+    "multiarith.jsonl": (lines("multiarith.jsonl", *ARITH), as_lines, None),
+    "gsm_coconut.json": (text("gsm_coconut.json", json.dumps(COCONUT, indent=1)), as_json, None),
+    "gsm_cot.jsonl": (lines("gsm_cot.jsonl", *COT), as_lines, None),
     "svamp.json": (text("svamp.json", json.dumps(SVAMP, indent=1)), as_json, None),
     "gsm8k_aug.txt": (text("gsm8k_aug.txt", AUG), None, None),
 }
@@ -193,7 +210,8 @@ def bounds():
     """Within, address space may grow by MEMORY and each call of the returned function starts SECONDS anew."""
     def late(*_):
         pytest.fail(f"took more than {SECONDS} s")
-    size = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmSize"))
+    lines = open("/proc/self/status").read().splitlines()
+    size = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmSize"))
     limits, handler = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, late)
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, limits[1]))
     yield lambda: signal.setitimer(signal.ITIMER_REAL, SECONDS)
@@ -222,13 +240,15 @@ def test_fuzz(file, tmp_path, request):
     read(tmp_path)  # a valid one is read; and what a first use costs is not counted
     start_clock = request.getfixturevalue("bounds")
 
-    @settings(max_examples=FUZZ, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=FUZZ, derandomize=True, deadline=None, database=None,
+              suppress_health_check=list(HealthCheck))
     @given(st.lists(JSON, max_size=2) if structure else st.just([]), st.lists(BYTES, max_size=3))
     def broken(structured, raw_changes):
         content = raw
         for how in structured:
             content = structure(content, how)
-        for how in raw_changes if not structured else raw_changes[2:]:  # else most would never reach the structure
+        # after two changes of the bytes most files would never reach the structure
+        for how in raw_changes if not structured else raw_changes[2:]:
             content = mutate_bytes(content, how)
         path.write_bytes(content)
         before = state(tmp_path)

@@ -89,6 +89,21 @@ def test_every_end_of_the_list_ends_an_answer_and_no_id_beyond_the_tokenizer_is_
         assert not {t for text in texts for t in map(int, text)} & {5, 17, 30, *range(42, 60)}
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("latent_grad", ("score", "path"))
+def test_rollout_that_stops_at_once(latent_grad):
+    """Not one latent is used: there is still a stop and an answer to learn from."""
+    model, questions = naive.tiny(dtype=torch.float64), [e.question for e in naive.examples(3)]
+    model.stop_head[2].bias[1] += 1000
+    out = model.rollout(questions, 2, draw(model, 6), 5)
+    assert not out.steps.any() and out.stopped.all()
+    terms = LogProbs(model, latent_grad=latent_grad)(out)
+    for b in range(6):
+        row = naive.rollout(model, questions[b // 2], draw(model, 6), b, 5)
+        near(terms.token[b, :out.lengths[b]], torch.tensor(row[4], dtype=torch.float64))
+        near(terms.stop[b, :1], torch.tensor(row[3], dtype=torch.float64))
+
+
 def test_rollout_does_not_depend_on_the_batch():
     model = naive.tiny(seed=3)
     questions, noise = [e.question for e in naive.examples(6)], draw(model, 24)
