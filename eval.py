@@ -135,7 +135,8 @@ def measure(record, data, args):
     tokenizer = Tokenizer.from_pretrained(ckpt)
     check_vocabulary(tokenizer, model.policy, ckpt)
     if args.compile in ("yes", auto):
-        model.compile_blocks()
+        for llama in model.llamas():
+            llama.compile_blocks()
     record |= {"benchmarks": {}, "explained": {}}
     for name, examples in data.items():
         encoded, skipped = encode_all(examples, tokenizer, model.policy.config.max_position_embeddings)

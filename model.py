@@ -66,9 +66,10 @@ class LLaMAConfig:
         self.rms_norm_eps, self.rope_theta = float(self.rms_norm_eps), float(self.rope_theta)
         if type(self.tie_word_embeddings) is not bool:
             raise ValueError(f"tie_word_embeddings must be true or false, not {short(self.tie_word_embeddings)}")
-        ends = self.eos_token_id if type(self.eos_token_id) is list else [self.eos_token_id]
-        for name, ids in (("bos_token_id", [self.bos_token_id]), ("eos_token_id", ends)):
-            if any(type(i) not in (int, type(None)) for i in ids):
+        for name in ("bos_token_id", "eos_token_id"):
+            ids = getattr(self, name)
+            ids = ids if type(ids) is list and name == "eos_token_id" else [] if ids is None else [ids]
+            if any(type(i) is not int or abs(i) > 2**31 for i in ids):
                 raise ValueError(f"{name} must be an integer, not {short(ids)}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
@@ -299,6 +300,7 @@ class LLaMA(nn.Module):
         """torch.compile of the block. All layers share its graphs: one for each kind of pass (wide or over a tail,
         with gradients or without), with sizes left open."""
         torch._dynamo.config.recompile_limit = 64  # there are more kinds of passes than the usual 8
+        torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal once need not stay so
         self.run_block = torch.compile(Block.forward, dynamic=True, backend=backend)
 
     def forward(self, tokens=None, embeds=None, cache=None, valid=None):
@@ -320,7 +322,8 @@ class LLaMA(nn.Module):
         Without `cache`, or on a new one: one causal pass at positions 0..T-1; `valid` (B, T) marks what is no
         right-padding, which no valid position can see. Later passes on the same cache add T columns to the tail;
         `valid` says in which rows each column counts. Default: all."""
-        x = self.embed_tokens(tokens) if embeds is None else embeds
+        # a copy, since torch.compile guards on what a view is a view of
+        x = self.embed_tokens(tokens) if embeds is None else embeds.clone(memory_format=torch.contiguous_format)
         B, T, _ = x.shape
         if valid is None:
             valid = torch.ones(B, T, dtype=torch.bool, device=x.device)
@@ -400,12 +403,15 @@ class LLaMA(nn.Module):
         except (ValueError, TypeError, RuntimeError, OverflowError) as e:
             raise ValueError(f"{path / 'config.json'}: {one_line(e)}") from None
         model.inv_freq = rope_frequencies(config)  # the one tensor that is no parameter
-        check_tensors(found, model.disk_parts(), path)
+        wanted = model.disk_parts()
+        if config.tie_word_embeddings and "lm_head.weight" in found:  # a tied file may hold its table twice
+            wanted["lm_head.weight"] = wanted["model.embed_tokens.weight"]
+        check_tensors(found, wanted, path)
         model = model.to(dtype).to_empty(device=device)
         for name, out in model.disk_parts().items():
             for rows, part in read_tensor(*found[name]):
                 out[rows] = part
-        if "lm_head.weight" in found and model.lm_head is None:  # a tied file may hold its table twice
+        if "lm_head.weight" in wanted and model.lm_head is None:
             table = model.embed_tokens.weight
             for rows, part in read_tensor(*found["lm_head.weight"]):
                 if not torch.equal(table[rows], part.to(table)):
@@ -434,7 +440,7 @@ def read_json(file):
         return json.loads(Path(file).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{file}: no such file") from None
-    except (ValueError, RecursionError) as e:
+    except (ValueError, RecursionError, IsADirectoryError) as e:
         raise ValueError(f"{file}: not valid JSON ({one_line(e)})") from None
 
 
@@ -477,7 +483,7 @@ def tensor_files(path):
         for name in (n for n in shard_of if shard_of[n] == shard):
             plain = name.removeprefix(COMPILED)
             if plain not in headers:
-                raise ValueError(f"{path / shard}: tensor {short(name)} is not in it, though {index.name} says so")
+                raise ValueError(f"{path / shard}: tensor {one_line(name)} is not in it, though {index.name} says so")
             found[plain] = headers[plain]
     return found
 
@@ -503,10 +509,9 @@ def check_tensors(found, wanted, path):
         file, _, shape, dtype = found[name]
         if shape != tuple(p.shape) or dtype not in ("F64", "F32", "F16", "BF16"):
             raise ValueError(f"{file}: tensor {name} is {dtype} {short(shape)}, not floats {tuple(p.shape)}")
-    # a tied checkpoint may hold the output matrix twice, and old ones hold rotary tables
-    spare = [n for n in found.keys() - wanted.keys() if n != "lm_head.weight" and "rotary_emb" not in n]
+    spare = [n for n in found.keys() - wanted.keys() if "rotary_emb" not in n]  # old checkpoints hold rotary tables
     if spare:
-        raise ValueError(f"{found[min(spare)][0]}: tensor {short(min(spare))} is not part of this architecture")
+        raise ValueError(f"{found[min(spare)][0]}: tensor {one_line(min(spare))} is not part of this architecture")
 
 
 def read_tensor(file, name, shape, dtype):

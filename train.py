@@ -369,9 +369,15 @@ def build(cfg, run):
     torch.manual_seed(generator(cfg.seed, WEIGHTS).initial_seed())
     init, model = Path(cfg.init), None
     tokenizer = Tokenizer.from_pretrained(init) if cfg.init else builtin_tokenizer()
-    if (init / "latent.json").is_file() and cfg.init:
+    if cfg.init and (init / "latent.json").is_file():
         model = LatentReasoner.from_pretrained(init, device=run.device)
-        check_vocabulary(tokenizer, model.policy, init)
+        policy = model.policy
+    elif cfg.stage == "rl":
+        raise ValueError(f"--stage rl starts from a checkpoint of --stage vae; {init} is a bare LLaMA")
+    elif cfg.init:
+        policy = LLaMA.from_pretrained(init, device=run.device)
+    if cfg.init:
+        check_vocabulary(tokenizer, policy, init)
     tokenizer.add_special(START, END)
     start, end = tokenizer.token_id(START), tokenizer.token_id(END)
     parts = dict(METHODS[cfg.method])
@@ -387,13 +393,7 @@ def build(cfg, run):
         if new:
             run.say(f"{run.name}: not in {init}, made new: {', '.join(new)}")
         return model.to(run.device), tokenizer
-    if cfg.stage == "rl":
-        raise ValueError(f"--stage rl starts from a checkpoint of --stage vae; {init} is a bare LLaMA")
-    if cfg.init:
-        policy = LLaMA.from_pretrained(init, device=run.device)
-        if end > policy.config.vocab_size + 1:
-            check_vocabulary(tokenizer, policy, init)
-    else:
+    if not cfg.init:
         policy = LLaMA(LLaMAConfig(
             tokenizer.vocab_size, cfg.hidden_size, cfg.intermediate_size, cfg.layers, cfg.heads, cfg.heads,
             cfg.hidden_size // cfg.heads, max_position_embeddings=cfg.context, eos_token_id=tokenizer.eos_id))

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
-from model import KVCache, LLaMA, check_tensors, first, read_json, save_tensors, tensor_headers, write_json
+from model import KVCache, LLaMA, check_tensors, first, product_dtype, read_json, save_tensors, tensor_headers, write_json
 
 METHODS = {  # paper, section 4: the baselines are parts switched off
     "atp":     dict(latent=True, head=True, vae=True, stop=True, decode=True),
@@ -292,7 +292,7 @@ def sample(logits, uniform=None, temperature=1.0):
 def generate(model, h, cache, vocab_size, ends, max_tokens, uniform=None, temperature=1.0):
     """Continue every row of a batch from its last hidden state h (B, d) until one of the ids `ends` or max_tokens.
     With uniform (B, max_tokens) tokens are sampled. Returns tokens (B, A) and lengths (B,), the end counted."""
-    weight, ends = model.output_weight().to(h.dtype), torch.tensor(ends, device=h.device)
+    weight, ends = model.output_weight().to(product_dtype(h)), torch.tensor(ends, device=h.device)
     alive = torch.ones(len(h), dtype=torch.bool, device=h.device)
     tokens, lengths = [], torch.zeros(len(h), dtype=torch.long, device=h.device)
     for i in range(max_tokens):
@@ -311,7 +311,7 @@ def text_loss(model, h, targets, weights):
     """sum_i w_i CE(logits of h_i, target_i) of h (M, d), targets and w (M,). Some rows at a time, computed again in
     backward: logits over a whole vocabulary never lie in memory at once."""
     def part(h, targets, weights):
-        return F.cross_entropy(precise(model.logits(h)), targets, reduction="none") @ weights
+        return (F.cross_entropy(precise(model.logits(h)), targets, reduction="none") * weights).sum()
 
     rows = max(1, MAX_LOGITS[h.device.type] // model.config.vocab_size)
     if len(h) <= rows:
@@ -401,7 +401,7 @@ class LatentReasoner(nn.Module):
         row gets K without one. eps (B, K, c, d): noise of the latents, None: z = mu. uniform (B, K): samples the
         stops, None: a row stops where p(stop) > 1/2."""
         config, dtype = self.config, self.policy.embed_tokens.weight.dtype
-        decides, limit = steps is None and config.stop, max_steps or config.max_steps
+        decides, limit = steps is None and config.stop, config.max_steps if max_steps is None else max_steps
         drawn, stop_logits = [], []  # of each position (z, mu, logvar), of each step (B, 2)
         alive = torch.ones(len(h), dtype=torch.bool, device=h.device)
         taken, stopped = torch.zeros_like(alive, dtype=torch.long), torch.zeros_like(alive)
