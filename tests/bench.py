@@ -3,7 +3,6 @@
     python tests/bench.py                                   all CPU workloads (about 15 minutes on 2 cores)
     python tests/bench.py --workloads E T --json bench.json
     python tests/bench.py --workloads 1B-train              Llama-3.2-1B's shape on a GPU (about 10 minutes)
-    python tests/bench.py --counts                          operators, graphs, synchronisations, bytes kept
     python tests/bench.py --signal out/vae                  how much of RL's gradients is signal (2 minutes)
     python tests/bench.py --diversity out/vae out/rl        how unlike a question's samples are (2 minutes each)
 
