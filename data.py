@@ -735,7 +735,8 @@ def cli(main):
     try:
         sys.exit(main())
     except (ValueError, OSError, FloatingPointError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        # one write, or the lines of several processes could mix
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         sys.exit(2 if isinstance(error, (ValueError, FileNotFoundError)) else 1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -157,10 +157,12 @@ class KVCache:
         self.weights = None        # per layer: Block.weights, cast once and not at every position
 
     def start(self, kv, valid, dtype):
-        """Keep the keys and values of the first pass, with `valid` (Q, S) what is no padding, and an empty tail."""
+        """Keep the keys and values of the first pass, with `valid` (Q, S) what is no padding, and an empty
+        tail."""
         self.prefix = [tuple(t.contiguous() for t in layer) for layer in kv]
         Q, KV, _, D = self.prefix[0][0].shape
-        # a tail needs a gradient from the start, as it will later: else its first latent is a graph of its own
+        # a tail needs a gradient from the start, as it will later: else its first latent is a graph of its
+        # own
         empty = lambda: kv[0][0].new_zeros(Q, KV, self.group, self.size, D, requires_grad=kv[0][0].requires_grad)
         shared = empty(), empty()
         # without gradients columns are written in place, so that every layer needs a tail of its own
@@ -170,8 +172,8 @@ class KVCache:
         self.next_position = valid.sum(dim=1).repeat_interleave(self.group)
 
     def extend(self, valid, dtype):
-        """T new columns, which count where `valid` (B, T) is set. Returns their positions (B, T), their places
-        in the tail (T,) and the bias of attention (Q, 1, G, 1, T, S + N)."""
+        """T new columns, which count where `valid` (B, T) is set. Returns their positions (B, T), their
+        places in the tail (T,) and the bias of attention (Q, 1, G, 1, T, S + N)."""
         (B, T), G, S = valid.shape, self.group, self.prefix_bias.shape[-1]
         columns = torch.arange(self.filled, self.filled + T, device=valid.device)
         self.filled += T
@@ -220,8 +222,9 @@ class Attention(nn.Module):
         return F.linear(y.flatten(2), o_weight), kv
 
     def attend_to_both(self, q, k, v, prefix_k, prefix_v, tail_k, tail_v, columns, bias):
-        """Write T columns into the tail, then attend to prefix and tail. Letters: q question, k key-value head,
-        g row of the group, r query head of k, t query, s column of the prefix, n of the tail, d dimension."""
+        """Write T columns into the tail, then attend to prefix and tail. Letters: q question, k key-value
+        head, g row of the group, r query head of k, t query, s column of the prefix, n of the tail, d
+        dimension."""
         (Q, KV, G, N, D), T = tail_k.shape, q.shape[1]
         k, v = (t.unflatten(0, (Q, G)).permute(0, 3, 1, 2, 4) for t in (k, v))     # (Q, KV, G, T, D)
         # autograd needs every version of the tail
@@ -297,8 +300,8 @@ class LLaMA(nn.Module):
                 nn.init.normal_(p, std=std / math.sqrt(2 * config.num_hidden_layers) if branch else std)
 
     def compile_blocks(self, backend="inductor"):
-        """torch.compile of the block. All layers share its graphs: one for each kind of pass (wide or over a tail,
-        with gradients or without), with sizes left open."""
+        """torch.compile of the block. All layers share its graphs: one for each kind of pass (wide or over
+        a tail, with gradients or without), with sizes left open."""
         torch._dynamo.config.recompile_limit = 64  # there are more kinds of passes than the usual 8
         torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal once need not stay so
         self.run_block = torch.compile(Block.forward, dynamic=True, backend=backend)
@@ -308,7 +311,8 @@ class LLaMA(nn.Module):
         return self.logits(self.hidden(tokens, embeds, cache, valid))
 
     def output_weight(self):
-        """(vocab, d), with zero rows up to a multiple of 64: a GPU's kernels are slow on an odd vocabulary."""
+        """(vocab, d), with zero rows up to a multiple of 64: a GPU's kernels are slow on an odd
+        vocabulary."""
         weight = (self.lm_head or self.embed_tokens).weight
         odd = -len(weight) % 64
         return F.pad(weight, (0, 0, 0, odd)) if odd else weight
@@ -319,9 +323,9 @@ class LLaMA(nn.Module):
     def hidden(self, tokens=None, embeds=None, cache=None, valid=None):
         """Last hidden states after the final norm (B, T, d), of token ids (B, T) or embeddings (B, T, d).
 
-        Without `cache`, or on a new one: one causal pass at positions 0..T-1; `valid` (B, T) marks what is no
-        right-padding, which no valid position can see. Later passes on the same cache add T columns to the tail;
-        `valid` says in which rows each column counts. Default: all."""
+        Without `cache`, or on a new one: one causal pass at positions 0..T-1; `valid` (B, T) marks what is
+        no right-padding, which no valid position can see. Later passes on the same cache add T columns to
+        the tail; `valid` says in which rows each column counts. Default: all."""
         # a copy, since torch.compile guards on what a view is a view of
         x = self.embed_tokens(tokens) if embeds is None else embeds.clone(memory_format=torch.contiguous_format)
         B, T, _ = x.shape
@@ -360,7 +364,8 @@ class LLaMA(nn.Module):
 
     @torch.no_grad()
     def add_tokens(self, ids, like=None):
-        """Rows `ids` become copies of row `like`, or of the mean row. The vocabulary grows where they lie beyond."""
+        """Rows `ids` become copies of row `like`, or of the mean row. The vocabulary grows where they lie
+        beyond."""
         size = max(self.config.vocab_size, *(i + 1 for i in ids))
         for module in filter(None, (self.embed_tokens, self.lm_head)):
             w = module.weight
@@ -375,7 +380,8 @@ class LLaMA(nn.Module):
     # --- checkpoints: Hugging Face's layout and names ---
 
     def disk_parts(self):
-        """{name in a Hugging Face file: tensor}, without gradient. What is one matrix here is several there."""
+        """{name in a Hugging Face file: tensor}, without gradient. What is one matrix here is several
+        there."""
         split = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
         parts = {}
         for name, p in self.named_parameters():
@@ -462,7 +468,8 @@ def save_tensors(tensors, file):
 
 
 def tensor_files(path):
-    """{tensor name: (file, name there, shape, dtype name)} of a folder's model.safetensors or of its shards."""
+    """{tensor name: (file, name there, shape, dtype name)} of a folder's model.safetensors or of its
+    shards."""
     whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if whole.exists():
         if index.exists():
@@ -515,8 +522,8 @@ def check_tensors(found, wanted, path):
 
 
 def read_tensor(file, name, shape, dtype):
-    """Parts of a tensor, as (rows of it, their numbers). The file is opened anew for each part: its pages count as
-    the process's memory for as long as it is open."""
+    """Parts of a tensor, as (rows of it, their numbers). The file is opened anew for each part: its pages
+    count as the process's memory for as long as it is open."""
     rows = max(1, 2**24 // max(1, math.prod(shape[1:])))
     for start in range(0, shape[0], rows):
         part = slice(start, start + rows)

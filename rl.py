@@ -27,10 +27,11 @@ from vae import (RL_NOISE, Noise, gaussian_kl, gaussian_logp, generator, last, m
 # --- rewards ---
 
 def coherence(steps, answer):
-    """Share of coherent steps of one plan, 0 to 1 (paper, section 3.3). steps: decoded texts; answer: text or None.
+    """Share of coherent steps of one plan, 0 to 1 (paper, section 3.3). steps: decoded texts; answer: text
+    or None.
 
-    Step k is coherent when its result is an operand of some later step; the last one when its result is
-    the predicted answer. A step that does not parse is incoherent. No step at all scores 0."""
+    Step k is coherent when its result is an operand of some later step; the last one when its result is the
+    predicted answer. A step that does not parse is incoherent. No step at all scores 0."""
     parsed = [parse_step(s) for s in steps]
     answer = None if answer is None else parse_number(answer)
     coherent = 0
@@ -69,7 +70,8 @@ def score(model, rollout, examples, tokenizer, w_acc=1.0, w_fmt=0.5, w_coh=0.1):
 
 
 def advantages(reward, group, std=True, eps=1e-4):
-    """(r - mean) / (std + eps) within each group of consecutive rows (B,). std=False leaves the division out."""
+    """(r - mean) / (std + eps) within each group of consecutive rows (B,). std=False leaves the division
+    out."""
     r = reward.view(-1, group)
     a = r - r.mean(dim=1, keepdim=True)
     if std:
@@ -82,7 +84,8 @@ def advantages(reward, group, std=True, eps=1e-4):
 # --- objective ---
 
 class Terms(NamedTuple):
-    """Log-probabilities of what a rollout chose, and the distributions of its latents. None: nothing to choose."""
+    """Log-probabilities of what a rollout chose, and the distributions of its latents. None: nothing to
+    choose."""
 
     latent: torch.Tensor | None  # (B, N, c) density of each latent
     stop: torch.Tensor | None    # (B, N + 1) continue at steps 0 .. steps - 1, stop at `steps`
@@ -97,12 +100,13 @@ class Terms(NamedTuple):
 class LogProbs(nn.Module):
     """forward(Rollout): its Terms under the current weights. A module of its own, so that DDP can wrap it.
 
-    Two gradients of the expected reward (Config.latent_grad). `score`, the paper's: latents are actions, held
-    fixed, with their log-densities; one parallel pass over question, sampled latents and answer. It leaves out the
-    density of the latent at which a row stopped. `path`, ours: latents are drawn again, one position at a time,
-    from the noise of the rollout, and gradients flow through z = mu + sigma eps and the chain of latents into the
-    log-probabilities of the stops and tokens chosen. It is unbiased if the reward depends only on these. Coherence
-    also depends on the latents; path credits it only to the stops and tokens chosen."""
+    Two gradients of the expected reward (Config.latent_grad). `score`, the paper's: latents are actions,
+    held fixed, with their log-densities; one parallel pass over question, sampled latents and answer. It
+    leaves out the density of the latent at which a row stopped. `path`, ours: latents are drawn again, one
+    position at a time, from the noise of the rollout, and gradients flow through z = mu + sigma eps and the
+    chain of latents into the log-probabilities of the stops and tokens chosen. It is unbiased if the reward
+    depends only on these. Coherence also depends on the latents; path credits it only to the stops and
+    tokens chosen."""
 
     def __init__(self, model, temperature=1.0, latent_grad="score", latent_temperature=1.0):
         super().__init__()
@@ -151,8 +155,8 @@ class LogProbs(nn.Module):
         return torch.cat((end, rollout.tokens[:, :-1]), dim=1)
 
     def density(self, rollout, before):
-        """log-density, mu and logvar of the latents as they were sampled. before (B, N, c, d): the states before
-        them."""
+        """log-density, mu and logvar of the latents as they were sampled. before (B, N, c, d): the states
+        before them."""
         if not self.model.config.vae:
             return None, None, None
         mu, logvar = self.model.latent(before)
@@ -172,13 +176,15 @@ class LogProbs(nn.Module):
 
 
 def divergence(new, reference, rollout):
-    """KL(policy || reference) of each rollout (B,), from Terms of both. The rollout was drawn from the policy, so
-    the estimate of its direction is the forward one of GRPO: what the policy does, measured by the reference.
+    """KL(policy || reference) of each rollout (B,), from Terms of both. The rollout was drawn from the
+    policy, so the estimate of its direction is the forward one of GRPO: what the policy does, measured by
+    the reference.
 
-    Latents: closed form, summed over d, mean over the latents used. Stops and tokens: the never-negative estimate
-    q/p - log q/p - 1 with p the policy and q the reference (Schulman, http://joschu.net/blog/kl-approx.html; GRPO,
-    arXiv 2402.03300, equation 4), means over each. Its mean over samples of p is KL(p || q). Its gradient, with
-    the samples held fixed, is that of KL(q || p): it pulls p up wherever q puts more weight."""
+    Latents: closed form, summed over d, mean over the latents used. Stops and tokens: the never-negative
+    estimate q/p - log q/p - 1 with p the policy and q the reference (Schulman,
+    http://joschu.net/blog/kl-approx.html; GRPO, arXiv 2402.03300, equation 4), means over each. Its mean
+    over samples of p is KL(p || q). Its gradient, with the samples held fixed, is that of KL(q || p): it
+    pulls p up wherever q puts more weight."""
     steps, N = rollout.steps, rollout.z.shape[1]
     sides = []
     if new.mu is not None:
@@ -199,13 +205,14 @@ def divergence(new, reference, rollout):
 
 
 def objective(new, old, rollout, advantage, total, clip=0.2, latent_coef=1.0, latent_mean=False):
-    """PPO-clipped loss (paper, section 3.3), this part's share of the mean over `total` rollouts, and statistics.
+    """PPO-clipped loss (paper, section 3.3), this part's share of the mean over `total` rollouts, and
+    statistics.
 
-    new, old: Terms under the current weights and under those that drew the rollout. advantage (B,). On one side
-    stand each latent (its density, and at the first of a step log p(continue)) and the stop, on the other each
-    answer token. Log-ratios are clamped to +-3. Masked mean per rollout over either side, the two added.
-    latent_mean: the density is averaged, not summed, over the d dimensions. latent_coef: weight of the latent
-    side. The paper has False and 1."""
+    new, old: Terms under the current weights and under those that drew the rollout. advantage (B,). On one
+    side stand each latent (its density, and at the first of a step log p(continue)) and the stop, on the
+    other each answer token. Log-ratios are clamped to +-3. Masked mean per rollout over either side, the
+    two added. latent_mean: the density is averaged, not summed, over the d dimensions. latent_coef: weight
+    of the latent side. The paper has False and 1."""
     steps, N, c = rollout.steps, rollout.z.shape[1], rollout.z.shape[2]
     used = first(steps, N)
     ends = stop_places(steps, rollout.stopped, N + 1)
@@ -236,9 +243,10 @@ def objective(new, old, rollout, advantage, total, clip=0.2, latent_coef=1.0, la
 # --- one step of the loop ---
 
 def rl_step(run, ddp, reference, optimizer, examples, tokenizer, step):
-    """Rollouts of a global batch of questions, their rewards, and the optimizer steps on them. Each process takes
-    its questions. Returns statistics. Where every group has one reward there is nothing to learn and no step, not
-    for the KL alone either: near the start its gradient is rounding, of which AdamW would make a full step."""
+    """Rollouts of a global batch of questions, their rewards, and the optimizer steps on them. Each process
+    takes its questions. Returns statistics. Where every group has one reward there is nothing to learn and
+    no step, not for the KL alone either: near the start its gradient is rounding, of which AdamW would make
+    a full step."""
     cfg, model, Q, G = run.cfg, getattr(ddp, "module", ddp).model, len(examples), run.cfg.group
     mine = list(range(Q))[run.rank::run.world]
     d = model.policy.config.hidden_size
@@ -269,9 +277,9 @@ def rl_step(run, ddp, reference, optimizer, examples, tokenizer, step):
 
 
 def update(run, ddp, reference, optimizer, rollout, advantage, step, ids):
-    """Optimizer steps over one batch of rollouts, of advantages (B,) on the CPU. Each step takes as many rollouts of
-    every question, so that what is in it does not depend on the number of processes. A micro-batch is some
-    questions with theirs. Returns statistics."""
+    """Optimizer steps over one batch of rollouts, of advantages (B,) on the CPU. Each step takes as many
+    rollouts of every question, so that what is in it does not depend on the number of processes. A
+    micro-batch is some questions with theirs. Returns statistics."""
     cfg, G, log_probs = run.cfg, rollout.group, getattr(ddp, "module", ddp)
     members = cfg.minibatch // cfg.questions_per_step  # rollouts of each question in an optimizer step
     # a group of equal rewards only teaches how near to stay to the start; DDP needs one question at least
@@ -279,8 +287,8 @@ def update(run, ddp, reference, optimizer, rollout, advantage, step, ids):
     active = learns.nonzero().flatten().tolist() or [0]
     parts = np.array_split(active, -(-len(active) * members // max(cfg.micro_batch or cfg.minibatch, members)))
     minibatches = [[(part.tolist(), list(range(g, g + members))) for part in parts] for g in range(0, G, members)]
-    # Old log-probabilities come from the update's own pass before the first step, as in the released code: the
-    # rollout, one position at a time, rounds otherwise. The first minibatch finds them on its way.
+    # Old log-probabilities come from the update's own pass before the first step, as in the released code:
+    # the rollout, one position at a time, rounds otherwise. The first minibatch finds them on its way.
     old = [[None] * len(parts)]
     with run.autocast():
         old += [[log_probs(rollout.part(*who)).detached() for who in minibatch] for minibatch in minibatches[1:]]
@@ -312,8 +320,9 @@ def update(run, ddp, reference, optimizer, rollout, advantage, step, ids):
 
 
 def kl_to(reference, log_probs, new, rollout):
-    """Sum over rollouts of the KL to the policy that RL began with. Latents that are sampled count as actions: the
-    KL is that of their distributions and of what follows, given the latents as they are, by path too."""
+    """Sum over rollouts of the KL to the policy that RL began with. Latents that are sampled count as
+    actions: the KL is that of their distributions and of what follows, given the latents as they are, by
+    path too."""
     fixed = log_probs.path and log_probs.model.config.vae
     now = log_probs(rollout, fixed=True) if fixed else new
     with torch.no_grad():

@@ -45,8 +45,9 @@ from vae import (END, METHODS, RL_ORDER, SFT_NOISE, START, WEIGHTS, LatentConfig
 # --- settings ---
 
 def setting(default, note, **more):
-    """A field of Config. note: what --help says. more: choices; least: the smallest value (0); chain, pretrained:
-    the default in these cases; own: --init does not take it from a checkpoint; free: a resumed run may change it."""
+    """A field of Config. note: what --help says. more: choices; least: the smallest value (0); chain,
+    pretrained: the default in these cases; own: --init does not take it from a checkpoint; free: a resumed
+    run may change it."""
     return dataclasses.field(default=default, metadata={"note": note, **more})
 
 
@@ -138,8 +139,8 @@ SECTIONS = {"stage": "run", "hidden_size": "model from nothing", "thoughts_per_s
 
 
 def defaults(case):
-    """The settings whose default differs in a case: chain (--data chain, where every question shows its steps, so
-    that fewer epochs do) or pretrained (--init with a Hugging Face LLaMA: the paper's recipe)."""
+    """The settings whose default differs in a case: chain (--data chain, where every question shows its
+    steps, so that fewer epochs do) or pretrained (--init with a Hugging Face LLaMA: the paper's recipe)."""
     return {name: f.metadata[case] for name, f in FIELDS.items() if case in f.metadata}
 
 
@@ -173,7 +174,8 @@ def parse(argv):
 
 
 def resolve(given):
-    """The Config of a run: the defaults, then those of the case or of the checkpoint continued, then the flags."""
+    """The Config of a run: the defaults, then those of the case or of the checkpoint continued, then the
+    flags."""
     init, values = given.get("init", ""), {}
     if not init and given.get("stage") == "rl":
         init = str(Path(given.get("out_dir", "out")) / "vae")
@@ -223,7 +225,8 @@ def check(cfg):
 # --- set-up ---
 
 class Run:
-    """What a stage works with: processes, device, folder, log. begin() adds model, tokenizer, data and state."""
+    """What a stage works with: processes, device, folder, log. begin() adds model, tokenizer, data and
+    state."""
 
     def __init__(self, cfg, name):
         self.cfg, self.name, self.dir = cfg, name, Path(cfg.out_dir) / name
@@ -284,8 +287,8 @@ class Run:
         return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
 
     def clip_gradients(self, optimizer, clip, step, ids, parts):
-        """The gradient norm, after clipping. FloatingPointError where it is not finite, before the weights are
-        touched: it names the step, the loss parts and the examples."""
+        """The gradient norm, after clipping. FloatingPointError where it is not finite, before the weights
+        are touched: it names the step, the loss parts and the examples."""
         params = [p for group in optimizer.param_groups for p in group["params"]]
         norm = float(torch.nn.utils.clip_grad_norm_(params, clip or math.inf))
         if not math.isfinite(norm):
@@ -357,15 +360,15 @@ def set_lr(optimizer, lr):
 
 
 def lr_at(step, first, steps, peak, least, optimizer_step, warmup):
-    """Cosine over steps [first, first + steps) from `peak` to `least` times that, with a linear warm-up after each
-    new optimizer."""
+    """Cosine over steps [first, first + steps) from `peak` to `least` times that, with a linear warm-up
+    after each new optimizer."""
     cosine = 0.5 * (1 + math.cos(math.pi * (step - first) / steps))
     return peak * (least + (1 - least) * cosine) * min(1.0, (optimizer_step + 1) / max(1, warmup))
 
 
 def build(cfg, run):
-    """Model and tokenizer that cfg asks for. A checkpoint of another method gives the parts that both have; RL
-    refuses parts that were never trained."""
+    """Model and tokenizer that cfg asks for. A checkpoint of another method gives the parts that both have;
+    RL refuses parts that were never trained."""
     torch.manual_seed(generator(cfg.seed, WEIGHTS).initial_seed())
     init, model = Path(cfg.init), None
     tokenizer = Tokenizer.from_pretrained(init) if cfg.init else builtin_tokenizer()
@@ -403,8 +406,8 @@ def build(cfg, run):
 
 
 def read_data(run, split):
-    """Encoded examples of a split. Only to imitate steps takes questions that show them: RL and validation use all,
-    and so does answer-only training. What is left out is counted and said."""
+    """Encoded examples of a split. Only to imitate steps takes questions that show them: RL and validation
+    use all, and so does answer-only training. What is left out is counted and said."""
     cfg, data = run.cfg, run.cfg.data
     context = min(cfg.context, run.model.policy.config.max_position_embeddings)
     fits, long = encode_all(load(data, split, cfg.data_dir), run.tokenizer, context)
@@ -449,7 +452,8 @@ def save_checkpoint(run, optimizer):
 
 
 def tidy(run):
-    """Keep the newest cfg.keep checkpoints and the best by validation, and AdamW's state in the newest alone."""
+    """Keep the newest cfg.keep checkpoints and the best by validation, and AdamW's state in the newest
+    alone."""
     found = sorted(run.dir.glob("step-*"))
     for ckpt in found[:-1]:
         if ckpt in found[-run.cfg.keep:] or int(ckpt.name[5:]) == run.state["best"].get("step"):
@@ -473,8 +477,9 @@ def load_optimizer(optimizer, model, ckpt):
 
 
 def resumed(cfg, given, folder):
-    """(cfg, checkpoint, its state) of a run to go on with: its own settings, but for those that are free. cfg as it
-    is, None and the state of a beginning where there is none. ValueError for a flag that makes it another run."""
+    """(cfg, checkpoint, its state) of a run to go on with: its own settings, but for those that are free.
+    cfg as it is, None and the state of a beginning where there is none. ValueError for a flag that makes it
+    another run."""
     if not cfg.resume or not list(folder.glob("step-*/train.json")):
         return cfg, None, {"step": 0, "best": {}}
     ckpt = find_checkpoint(folder)
@@ -504,9 +509,9 @@ def cut_metrics(file, step):
 
 @contextmanager
 def begin(cfg, name, given):
-    """The Run of a stage, new or resumed. A new run takes the place of an earlier one in its folder, but only when
-    nothing can be wrong with the settings any more. The folder is its own, and signals are deferred, until the
-    `with` block ends."""
+    """The Run of a stage, new or resumed. A new run takes the place of an earlier one in its folder, but
+    only when nothing can be wrong with the settings any more. The folder is its own, and signals are
+    deferred, until the `with` block ends."""
     folder = Path(cfg.out_dir) / name
     cfg, ckpt, state = resumed(cfg, given, folder)
     run = Run(cfg, name)
@@ -541,8 +546,9 @@ def begin(cfg, name, given):
 
 
 def validate(run, stage):
-    """Greedy figures on validation questions; each process does its share. Returns whether they are the best so far.
-    At stage 0 of a latent method there is nothing to measure yet: the model still writes text."""
+    """Greedy figures on validation questions; each process does its share. Returns whether they are the
+    best so far. At stage 0 of a latent method there is nothing to measure yet: the model still writes
+    text."""
     if run.model.config.latent and stage == 0:
         return False
     mine = run.valid[run.rank::run.world]
@@ -573,7 +579,8 @@ def save_if_due(run, optimizer, better, total):
 # --- supervised stage (paper, section 3.2) ---
 
 def curriculum(cfg, latent, n):
-    """[(stage, its first step, its last + 1)]: stage s has its first s steps latent; 0 is text, K is all latent."""
+    """[(stage, its first step, its last + 1)]: stage s has its first s steps latent; 0 is text, K is all
+    latent."""
     if latent:
         epochs = {0: cfg.cot_epochs, **{s: cfg.epochs_per_stage for s in range(1, cfg.max_steps + 1)}}
         epochs[cfg.max_steps] += cfg.final_epochs
@@ -604,8 +611,8 @@ def micro_batches(run, examples, stage, step):
 
 
 def fit_micro_batch(run, stage):
-    """The most rows whose forward and backward fit on the device, by trying the longest examples. What AdamW will
-    hold counts too. A CPU takes 32."""
+    """The most rows whose forward and backward fit on the device, by trying the longest examples. What
+    AdamW will hold counts too. A CPU takes 32."""
     if run.cfg.micro_batch or run.device.type == "cpu":
         return run.cfg.micro_batch or 32
     size = -(-run.cfg.batch_size // run.world)
@@ -637,7 +644,8 @@ def fit_micro_batch(run, stage):
 
 
 def start_stage(run, stage, new):
-    """Optimizer and (wrapped) model of a curriculum stage: AdamW is made anew, or loaded in a resumed stage."""
+    """Optimizer and (wrapped) model of a curriculum stage: AdamW is made anew, or loaded in a resumed
+    stage."""
     run.model.set_trainable(stage)
     run.micro_batch = fit_micro_batch(run, stage)
     optimizer = make_optimizer(run.model, run.cfg, run.cfg.weight_decay)
@@ -696,8 +704,9 @@ def train_supervised(cfg, name, given):
 # --- reinforcement learning (paper, section 3.3) ---
 
 def make_reference(run):
-    """LogProbs of the policy that RL began with, to take a KL from. It stays in cfg.init, from where a resumed run
-    reads it again. ValueError, FileNotFoundError where something else, or nothing, is there by then."""
+    """LogProbs of the policy that RL began with, to take a KL from. It stays in cfg.init, from where a
+    resumed run reads it again. ValueError, FileNotFoundError where something else, or nothing, is there by
+    then."""
     init, latent = Path(run.cfg.init), dataclasses.replace(run.model.config, decode=False)
     if not (init / "latent.json").is_file():
         raise FileNotFoundError(f"{init}: no such checkpoint; --kl_coef needs the one that RL began with (--init, "
@@ -715,7 +724,8 @@ def make_reference(run):
 
 
 def train_rl(cfg, name, given):
-    """GRPO on questions and answers, from the checkpoint cfg.init. The trained checkpoint is in out_dir/name."""
+    """GRPO on questions and answers, from the checkpoint cfg.init. The trained checkpoint is in
+    out_dir/name."""
     with begin(cfg, name, given) as run:
         cfg, model, state, began = run.cfg, run.model, run.state, time.time()
         Q, G = cfg.questions_per_step, cfg.group
@@ -757,8 +767,8 @@ def train_rl(cfg, name, given):
 # --- main ---
 
 def report(cfg, runs):
-    """The closing table: the newest checkpoint of each {label: folder}, on the built-in test sets or the data's own
-    test split, greedy."""
+    """The closing table: the newest checkpoint of each {label: folder}, on the built-in test sets or the
+    data's own test split, greedy."""
     names = TEST_SETS if cfg.data == "builtin" else (cfg.data,)
     split = "test" if cfg.data in (*BUILTIN, *DATASETS) else "valid"  # of a user's file, what is not trained on
     examples = {name: load(name, split, cfg.data_dir) for name in names}
@@ -775,8 +785,8 @@ def report(cfg, runs):
 
 
 def reuse_memory():
-    """Large blocks that are freed stay with the process. As glibc is set, the kernel gets them back and clears their
-    pages anew at every step: up to a sixth of the time of a step on a CPU."""
+    """Large blocks that are freed stay with the process. As glibc is set, the kernel gets them back and
+    clears their pages anew at every step: up to a sixth of the time of a step on a CPU."""
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):  # another C library

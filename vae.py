@@ -146,8 +146,8 @@ def moved(record, device):
 
 @dataclass
 class Batch:
-    """One micro-batch. Losses are weighed as parts of the global batch's mean, so that they and their gradients add
-    up. All places are found here, on the CPU: a GPU is never asked for them."""
+    """One micro-batch. Losses are weighed as parts of the global batch's mean, so that they and their
+    gradients add up. All places are found here, on the CPU: a GPU is never asked for them."""
 
     prefix: torch.Tensor        # (B, S) question and <|start-latent|>; text methods: question and text
     prefix_valid: torch.Tensor  # (B, S) bool
@@ -177,8 +177,8 @@ def remaining_text(example, config, stage):
 
 
 def decoded_text(example, config, k):
-    """Token ids that latent step k must decode to. The last allowed step stands for all the rest. An idle step, beyond
-    those of the example, decodes the answer (as SIM-CoT's code has it)."""
+    """Token ids that latent step k must decode to. The last allowed step stands for all the rest. An idle
+    step, beyond those of the example, decodes the answer (as SIM-CoT's code has it)."""
     steps = example.steps[k:] if k == config.max_steps - 1 else example.steps[k:k + 1]
     return sum(steps, []) + [config.eos_id] if steps else example.answer
 
@@ -219,8 +219,8 @@ def collate(examples, config, stage, noise=None, total_examples=None, total_toke
 
 @dataclass
 class Noise:
-    """All randomness of a set of rollouts. It is drawn on the CPU for the global batch and cut by rows, so that
-    samples depend neither on the number of processes nor on how the batch is split."""
+    """All randomness of a set of rollouts. It is drawn on the CPU for the global batch and cut by rows, so
+    that samples depend neither on the number of processes nor on how the batch is split."""
 
     latent: torch.Tensor  # (B, K, c, d) standard normal
     stop: torch.Tensor    # (B, K) uniform
@@ -290,8 +290,9 @@ def sample(logits, uniform=None, temperature=1.0):
 
 
 def generate(model, h, cache, vocab_size, ends, max_tokens, uniform=None, temperature=1.0):
-    """Continue every row of a batch from its last hidden state h (B, d) until one of the ids `ends` or max_tokens.
-    With uniform (B, max_tokens) tokens are sampled. Returns tokens (B, A) and lengths (B,), the end counted."""
+    """Continue every row of a batch from its last hidden state h (B, d) until one of the ids `ends` or
+    max_tokens. With uniform (B, max_tokens) tokens are sampled. Returns tokens (B, A) and lengths (B,), the
+    end counted."""
     weight, ends = model.output_weight().to(product_dtype(h)), torch.tensor(ends, device=h.device)
     alive = torch.ones(len(h), dtype=torch.bool, device=h.device)
     tokens, lengths = [], torch.zeros(len(h), dtype=torch.long, device=h.device)
@@ -308,8 +309,8 @@ def generate(model, h, cache, vocab_size, ends, max_tokens, uniform=None, temper
 
 
 def text_loss(model, h, targets, weights):
-    """sum_i w_i CE(logits of h_i, target_i) of h (M, d), targets and w (M,). Some rows at a time, computed again in
-    backward: logits over a whole vocabulary never lie in memory at once."""
+    """sum_i w_i CE(logits of h_i, target_i) of h (M, d), targets and w (M,). Some rows at a time, computed
+    again in backward: logits over a whole vocabulary never lie in memory at once."""
     def part(h, targets, weights):
         return (F.cross_entropy(precise(model.logits(h)), targets, reduction="none") * weights).sum()
 
@@ -326,7 +327,8 @@ def stop_places(steps, stopped, width):
 
 
 def stop_terms(stop_logits, steps, stopped):
-    """log p of each stop decision (B, N): continue at steps 0 .. steps - 1, stop at `steps` where it was chosen."""
+    """log p of each stop decision (B, N): continue at steps 0 .. steps - 1, stop at `steps` where it was
+    chosen."""
     N, logp = stop_logits.shape[1], F.log_softmax(stop_logits, dim=-1)
     return logp[..., 0] * first(steps, N) + logp[..., 1] * stop_places(steps, stopped, N)
 
@@ -337,7 +339,8 @@ class LatentReasoner(nn.Module):
     """Policy, latent head, stop head and decoder. forward(Batch) gives the parts of the supervised loss."""
 
     def __init__(self, policy, config, decoder=None):
-        """decoder: by default, if config.decode asks for one, a copy of the policy. ValueError: no room for a plan."""
+        """decoder: by default, if config.decode asks for one, a copy of the policy. ValueError: no room for
+        a plan."""
         super().__init__()
         latents, context = config.thoughts_per_step * config.max_steps, policy.config.max_position_embeddings
         if config.latent and latents >= context:
@@ -363,7 +366,8 @@ class LatentReasoner(nn.Module):
         return [llama for llama in (self.policy, self.decoder) if llama is not None]
 
     def set_trainable(self, stage):
-        """Only what gets a gradient requires one. stage: the curriculum's, or "rl" (the decoder is frozen)."""
+        """Only what gets a gradient requires one. stage: the curriculum's, or "rl" (the decoder is
+        frozen)."""
         for p in self.parameters():
             p.requires_grad_(stage != 0)
         self.policy.requires_grad_(True)
@@ -373,7 +377,8 @@ class LatentReasoner(nn.Module):
             self.latent_head.logvar.requires_grad_(False)  # nothing is sampled
 
     def reconfigured(self, config):
-        """This model with the parts that another LatentConfig asks for, and the names of those that are new."""
+        """This model with the parts that another LatentConfig asks for, and the names of those that are
+        new."""
         model, new = LatentReasoner(self.policy, config, self.decoder if config.decode else None), []
         for name in ("latent_head", "stop_head", "decoder"):
             if getattr(model, name) is not None and getattr(self, name) is None:
@@ -397,9 +402,9 @@ class LatentReasoner(nn.Module):
     def think(self, h, cache, steps=None, max_steps=None, eps=None, uniform=None):
         """The chain of latents, one position at a time, from h (B, d) at <|start-latent|>. Returns a Plan.
 
-        steps (B,), of maximum `max_steps`: how many each row gets (training). Else the stop head decides, or every
-        row gets K without one. eps (B, K, c, d): noise of the latents, None: z = mu. uniform (B, K): samples the
-        stops, None: a row stops where p(stop) > 1/2."""
+        steps (B,), of maximum `max_steps`: how many each row gets (training). Else the stop head decides,
+        or every row gets K without one. eps (B, K, c, d): noise of the latents, None: z = mu. uniform (B,
+        K): samples the stops, None: a row stops where p(stop) > 1/2."""
         config, dtype = self.config, self.policy.embed_tokens.weight.dtype
         decides, limit = steps is None and config.stop, config.max_steps if max_steps is None else max_steps
         drawn, stop_logits = [], []  # of each position (z, mu, logvar), of each step (B, 2)
@@ -440,8 +445,8 @@ class LatentReasoner(nn.Module):
         return [None if rows[0] is None else torch.stack(rows, dim=1).unflatten(1, (-1, c)) for rows in zip(*drawn)]
 
     def forward(self, batch):
-        """Loss parts of a Batch (paper, section 3.2): answer, decode, stop, kl. Each is this micro-batch's share of
-        the global batch's mean. Gradients flow through the whole chain of latents."""
+        """Loss parts of a Batch (paper, section 3.2): answer, decode, stop, kl. Each is this micro-batch's
+        share of the global batch's mean. Gradients flow through the whole chain of latents."""
         losses, policy, N = {}, self.policy, batch.max_steps
         if N == 0:
             h = policy.hidden(batch.prefix, valid=batch.prefix_valid)
@@ -479,10 +484,10 @@ class LatentReasoner(nn.Module):
 
     @torch.no_grad()
     def rollout(self, questions, group=1, noise=None, max_tokens=16, temperature=1.0, latent_temperature=1.0):
-        """Answer each question (lists of ids as in data.Encoded) `group` times. The question is read once for its
-        whole group. noise: a Noise for Q x group rows, None: greedy (z = mu, stop where p(stop) > 1/2, argmax; paper,
-        section 4). temperature: of answer tokens, 0: argmax. latent_temperature: times sigma. Text methods write
-        their chain of thought: raise max_tokens."""
+        """Answer each question (lists of ids as in data.Encoded) `group` times. The question is read once
+        for its whole group. noise: a Noise for Q x group rows, None: greedy (z = mu, stop where p(stop) >
+        1/2, argmax; paper, section 4). temperature: of answer tokens, 0: argmax. latent_temperature: times
+        sigma. Text methods write their chain of thought: raise max_tokens."""
         config, device = self.config, self.device
         start = [config.start_id] if config.latent else []
         prefix, valid = (t.to(device) for t in pad([q + start for q in questions]))
@@ -508,8 +513,9 @@ class LatentReasoner(nn.Module):
 
     @torch.no_grad()
     def plan_texts(self, z, steps, tokenizer, max_tokens=16, rows=512):
-        """Per row of z (B, N, c, d), of which `steps` (B,) count, what each latent step says in words (greedy). All
-        steps of the batch go through the decoder together, `rows` at a time to bound memory."""
+        """Per row of z (B, N, c, d), of which `steps` (B,) count, what each latent step says in words
+        (greedy). All steps of the batch go through the decoder together, `rows` at a time to bound
+        memory."""
         steps = steps.tolist()
         used = [b * z.shape[1] + k for b, n in enumerate(steps) for k in range(n)]
         z, words = z.flatten(0, 1)[torch.tensor(used, dtype=torch.long, device=z.device)], []
@@ -547,8 +553,8 @@ class LatentReasoner(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu", decode=True):
-        """A folder that save_pretrained wrote. decode=False leaves its decoder out. ValueError, FileNotFoundError:
-        see LLaMA.from_pretrained."""
+        """A folder that save_pretrained wrote. decode=False leaves its decoder out. ValueError,
+        FileNotFoundError: see LLaMA.from_pretrained."""
         path = Path(path)
         file, raw = path / "latent.json", read_json(path / "latent.json")
         names = {f.name for f in fields(LatentConfig)}
@@ -577,8 +583,9 @@ class LatentReasoner(nn.Module):
 
 
 def checkpoints(path):
-    """The newest checkpoint of every run in `path`: a checkpoint, a run's folder or a folder of runs. Of a run it is
-    that of the latest step: a copied folder has its files' times in any order. FileNotFoundError: there is none."""
+    """The newest checkpoint of every run in `path`: a checkpoint, a run's folder or a folder of runs. Of a
+    run it is that of the latest step: a copied folder has its files' times in any order. FileNotFoundError:
+    there is none."""
     path = Path(path)
     if (path / "train.json").is_file() and (path / "latent.json").is_file():
         return [path]
@@ -596,7 +603,8 @@ def find_checkpoint(path):
 
 
 def read_state(ckpt):
-    """What train.json says of a checkpoint: the configuration it was trained with, its step. ValueError without."""
+    """What train.json says of a checkpoint: the configuration it was trained with, its step. ValueError
+    without."""
     file = Path(ckpt) / "train.json"
     state = read_json(file)
     config = state.get("config") if isinstance(state, dict) else None
