@@ -1,15 +1,15 @@
 """LLaMA in one file: RMSNorm, rotary positions (plain and Llama-3 scaled), grouped-query attention, SwiGLU.
 
 It reads and writes Hugging Face checkpoints (config.json + safetensors, whole or sharded). The one thing that
-differs from other small LLaMAs is the cache. Latent reasoning reads a question in one wide pass. It then goes on
-one position at a time, with gradients, and in reinforcement learning with several continuations of one question.
-So keys and values lie in two segments:
+differs from other small LLaMAs is the cache. Latent reasoning reads a question in one wide pass. It then goes
+on one position at a time, with gradients, and in reinforcement learning with several continuations of one
+question. So keys and values lie in two segments:
 
     prefix   (Q, KV, S, D)      the question, right-padded, computed once, shared by a group of G rows
     tail     (Q, KV, G, N, D)   what came since; row b of the batch is (b // G, b % G)
 
-The tail has all its N columns from the start. A mask says which of them count in which row. Every latent is then
-the same computation on the same shapes, so one compiled block serves all of them.
+The tail has all its N columns from the start. A mask says which of them count in which row. Every latent is
+then the same computation on the same shapes, so one compiled block serves all of them.
 """
 
 import json
@@ -65,7 +65,8 @@ class LLaMAConfig:
             raise ValueError("rope_scaling needs low_freq_factor < high_freq_factor")
         self.rms_norm_eps, self.rope_theta = float(self.rms_norm_eps), float(self.rope_theta)
         if type(self.tie_word_embeddings) is not bool:
-            raise ValueError(f"tie_word_embeddings must be true or false, not {short(self.tie_word_embeddings)}")
+            tied = short(self.tie_word_embeddings)
+            raise ValueError(f"tie_word_embeddings must be true or false, not {tied}")
         for name in ("bos_token_id", "eos_token_id"):
             ids = getattr(self, name)
             ids = ids if type(ids) is list and name == "eos_token_id" else [] if ids is None else [ids]
@@ -103,7 +104,7 @@ class LLaMAConfig:
             raw["num_key_value_heads"] = heads
         if raw.get("head_dim") is None and type(heads) is type(width) is int and heads > 0:
             if width % heads:
-                raise ValueError("hidden_size is not a multiple of num_attention_heads, and there is no head_dim")
+                raise ValueError("hidden_size is no multiple of num_attention_heads, and head_dim is missing")
             raw["head_dim"] = width // heads
         missing = [name for name in SIZES[:7] if name not in raw]
         if missing:
@@ -163,7 +164,8 @@ class KVCache:
         Q, KV, _, D = self.prefix[0][0].shape
         # a tail needs a gradient from the start, as it will later: else its first latent is a graph of its
         # own
-        empty = lambda: kv[0][0].new_zeros(Q, KV, self.group, self.size, D, requires_grad=kv[0][0].requires_grad)
+        k, shape = kv[0][0], (Q, KV, self.group, self.size, D)
+        empty = lambda: k.new_zeros(shape, requires_grad=k.requires_grad)
         shared = empty(), empty()
         # without gradients columns are written in place, so that every layer needs a tail of its own
         self.tail = [shared if torch.is_grad_enabled() else (empty(), empty()) for _ in kv]
@@ -327,7 +329,8 @@ class LLaMA(nn.Module):
         no right-padding, which no valid position can see. Later passes on the same cache add T columns to
         the tail; `valid` says in which rows each column counts. Default: all."""
         # a copy, since torch.compile guards on what a view is a view of
-        x = self.embed_tokens(tokens) if embeds is None else embeds.clone(memory_format=torch.contiguous_format)
+        layout = torch.contiguous_format
+        x = self.embed_tokens(tokens) if embeds is None else embeds.clone(memory_format=layout)
         B, T, _ = x.shape
         if valid is None:
             valid = torch.ones(B, T, dtype=torch.bool, device=x.device)
@@ -403,7 +406,7 @@ class LLaMA(nn.Module):
         try:
             config = LLaMAConfig.from_dict(raw)
             if config.num_hidden_layers > len(found):  # or millions of modules would be built
-                raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}, more than there are tensors")
+                raise ValueError("num_hidden_layers is more than there are tensors")
             with torch.device("meta"):
                 model = cls(config)
         except (ValueError, TypeError, RuntimeError, OverflowError) as e:
@@ -421,8 +424,9 @@ class LLaMA(nn.Module):
             table = model.embed_tokens.weight
             for rows, part in read_tensor(*found["lm_head.weight"]):
                 if not torch.equal(table[rows], part.to(table)):
-                    raise ValueError(f"{found['lm_head.weight'][0]}: lm_head.weight is not model.embed_tokens.weight, "
-                                     "though config.json ties them (set tie_word_embeddings to false)")
+                    file = found["lm_head.weight"][0]
+                    raise ValueError(f"{file}: lm_head.weight is not model.embed_tokens.weight, though "
+                                     "config.json ties them (set tie_word_embeddings to false)")
         return model
 
     def save_pretrained(self, path):
@@ -490,7 +494,8 @@ def tensor_files(path):
         for name in (n for n in shard_of if shard_of[n] == shard):
             plain = name.removeprefix(COMPILED)
             if plain not in headers:
-                raise ValueError(f"{path / shard}: tensor {one_line(name)} is not in it, though {index.name} says so")
+                raise ValueError(f"{path / shard}: tensor {one_line(name)} is not in it, though {index.name} "
+                                 "says so")
             found[plain] = headers[plain]
     return found
 
@@ -516,9 +521,11 @@ def check_tensors(found, wanted, path):
         file, _, shape, dtype = found[name]
         if shape != tuple(p.shape) or dtype not in ("F64", "F32", "F16", "BF16"):
             raise ValueError(f"{file}: tensor {name} is {dtype} {short(shape)}, not floats {tuple(p.shape)}")
-    spare = [n for n in found.keys() - wanted.keys() if "rotary_emb" not in n]  # old checkpoints hold rotary tables
+    # old checkpoints hold rotary tables
+    spare = [n for n in found.keys() - wanted.keys() if "rotary_emb" not in n]
     if spare:
-        raise ValueError(f"{found[min(spare)][0]}: tensor {one_line(min(spare))} is not part of this architecture")
+        name = min(spare)
+        raise ValueError(f"{found[name][0]}: tensor {one_line(name)} is not part of this architecture")
 
 
 def read_tensor(file, name, shape, dtype):

@@ -1,11 +1,11 @@
 """Active planning: GRPO in latent space, rewarded by the right answer and by coherence.
 
 Where this departs from the paper's released code:
-1. Coherence compares numbers as numbers. A step that does not parse is incoherent, and an empty plan scores 0.
-   (There, an unparsable step matches everything and an empty plan scores 1: an invitation to hack the reward.)
+1. Coherence compares numbers as numbers. A step that does not parse is incoherent, and an empty plan scores
+   0. (There, an unparsable step matches everything and an empty plan scores 1: it invites reward hacking.)
 2. Gradients are averaged over processes. (There, RL bypasses DDP and the processes drift apart.)
-3. log p(stop) stands beside the latents' terms, and <eos> counts as a token of the answer. (There, log p(stop)
-   takes the place of the first answer token's term, and <eos> is masked.)
+3. log p(stop) stands beside the latents' terms, and <eos> counts as a token of the answer. (There, log
+   p(stop) takes the place of the first answer token's term, and <eos> is masked.)
 4. Gradients can flow through the chain of latents (`path` in LogProbs).
 5. The policy can be held near the one that RL began with (`divergence`).
 """
@@ -190,7 +190,8 @@ def divergence(new, reference, rollout):
     if new.mu is not None:
         used = first(steps, N)[..., None].expand(new.mu.shape[:3])
         # in the units of the reference, which is N(0, 1) there
-        mu, logvar = (new.mu - reference.mu) * torch.exp(-0.5 * reference.logvar), new.logvar - reference.logvar
+        mu = (new.mu - reference.mu) * torch.exp(-0.5 * reference.logvar)
+        logvar = new.logvar - reference.logvar
         sides.append((gaussian_kl(mu, logvar) * mu.shape[-1], used))
     choices = [(new.token, reference.token, first(rollout.lengths, new.token.shape[1]))]
     if new.stop is not None:
@@ -255,8 +256,8 @@ def rl_step(run, ddp, reference, optimizer, examples, tokenizer, step):
     clock = [time.time()]
     model.eval()
     with run.autocast():
-        rollout = model.rollout([examples[q].question for q in mine], G, noise, cfg.max_answer, cfg.temperature,
-                                cfg.latent_temperature)
+        questions = [examples[q].question for q in mine]
+        rollout = model.rollout(questions, G, noise, cfg.max_answer, cfg.temperature, cfg.latent_temperature)
         clock.append(time.time())
         result = score(model, rollout, [examples[q].example for q in mine], tokenizer, cfg.w_acc, cfg.w_fmt,
                        cfg.w_coh)
@@ -285,13 +286,15 @@ def update(run, ddp, reference, optimizer, rollout, advantage, step, ids):
     # a group of equal rewards only teaches how near to stay to the start; DDP needs one question at least
     learns = (advantage.view(-1, G) != 0).any(dim=1) | (reference is not None)
     active = learns.nonzero().flatten().tolist() or [0]
-    parts = np.array_split(active, -(-len(active) * members // max(cfg.micro_batch or cfg.minibatch, members)))
-    minibatches = [[(part.tolist(), list(range(g, g + members))) for part in parts] for g in range(0, G, members)]
+    most = max(cfg.micro_batch or cfg.minibatch, members)
+    parts = [part.tolist() for part in np.array_split(active, -(-len(active) * members // most))]
+    minibatches = [[(part, list(range(g, g + members))) for part in parts] for g in range(0, G, members)]
     # Old log-probabilities come from the update's own pass before the first step, as in the released code:
     # the rollout, one position at a time, rounds otherwise. The first minibatch finds them on its way.
     old = [[None] * len(parts)]
     with run.autocast():
-        old += [[log_probs(rollout.part(*who)).detached() for who in minibatch] for minibatch in minibatches[1:]]
+        for minibatch in minibatches[1:]:
+            old.append([log_probs(rollout.part(*who)).detached() for who in minibatch])
     sums, norms = {}, []
     for minibatch, olds in zip(minibatches, old):
         for i, (who, before) in enumerate(zip(minibatch, olds)):

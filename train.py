@@ -1,7 +1,7 @@
 """Train ATP-Latent and its baselines.
 
     python train.py                                        small model, built-in task, from nothing, on a CPU:
-                                                           stages vae, rl, evaluation, and answer-only to compare
+                                                           vae, rl, evaluation, and answer-only to compare
     python train.py --stage vae --init DIR --data gsm8k    one stage, from a Hugging Face LLaMA
     torchrun --nproc_per_node=8 train.py --stage vae ...   the same numbers, faster
     python train.py --stage rl                             from the checkpoint that vae left in out/vae
@@ -38,8 +38,9 @@ from data import BUILTIN, DATASETS, TEST_SETS, Parser, Tokenizer, builtin_tokeni
 from eval import evaluate, table
 from model import LLaMA, LLaMAConfig, save_tensors, write_json
 from rl import LogProbs, rl_step
-from vae import (END, METHODS, RL_ORDER, SFT_NOISE, START, WEIGHTS, LatentConfig, LatentReasoner, check_vocabulary,
-                 collate, device_of, find_checkpoint, generator, moved, read_state, remaining_text)
+from vae import (END, METHODS, RL_ORDER, SFT_NOISE, START, WEIGHTS, LatentConfig, LatentReasoner,
+                 check_vocabulary, collate, device_of, find_checkpoint, generator, moved, read_state,
+                 remaining_text)
 
 
 # --- settings ---
@@ -51,14 +52,15 @@ def setting(default, note, **more):
     return dataclasses.field(default=default, metadata={"note": note, **more})
 
 
+STAGES = ("all", "cot", "vae", "rl")
 AUTO = dict(choices=("auto", "yes", "no"))
 RUN = dict(own=True, free=True)
 
 
 @dataclass
 class Config:
-    stage: str = setting("all", "all (vae, rl, evaluation), cot, vae, rl", choices=("all", "cot", "vae", "rl"), **RUN)
-    method: str = setting("atp", "atp, simcot, coconut, cot, nocot: parts switched off", choices=tuple(METHODS))
+    stage: str = setting("all", "all (vae, rl, evaluation), cot, vae, rl", choices=STAGES, **RUN)
+    method: str = setting("atp", "atp, simcot, coconut, cot, nocot", choices=tuple(METHODS))
     init: str = setting("", "Hugging Face LLaMA, or checkpoint or run of ours (rl: out_dir/vae)", **RUN)
     data: str = setting("builtin", "builtin, chain, gsm8k, gsm8k_aug, or a file", pretrained="gsm8k_aug")
     data_dir: str = setting("data", "where `python data.py` puts the published files")
@@ -75,15 +77,15 @@ class Config:
     context: int = setting(256, "longest sequence; longer examples are left out", least=1, pretrained=512)
     # latent reasoning
     thoughts_per_step: int = setting(1, "c: latents a reasoning step", least=1, pretrained=2)
-    max_steps: int = setting(6, "K: most latent steps (pretrained simcot, coconut: 3)", least=1, pretrained=10)
+    max_steps: int = setting(6, "K: latent steps (pretrained simcot, coconut: 3)", least=1, pretrained=10)
     vae: str = setting("auto", "sample latents, with a KL term (auto: as the method says)", **AUTO)
     stop: str = setting("auto", "stop head", **AUTO)
     decode: str = setting("auto", "decoder and its loss", **AUTO)
     # supervised stage
     batch_size: int = setting(32, "examples an optimizer step, over all processes", least=1, pretrained=256)
     micro_batch: int = setting(128, "rows that a process takes at once (0: as fit)", free=True, pretrained=0)
-    cot_epochs: float = setting(12.0, "stage 0: text chain of thought (warm start)", chain=1.2, pretrained=0.0)
-    epochs_per_stage: float = setting(1.2, "each further stage: one more latent step", chain=0.1, pretrained=2.0)
+    cot_epochs: float = setting(12.0, "stage 0: text chain of thought", chain=1.2, pretrained=0.0)
+    epochs_per_stage: float = setting(1.2, "each further stage", chain=0.1, pretrained=2.0)
     final_epochs: float = setting(9.6, "further epochs, all steps latent", chain=2.2, pretrained=5.0)
     max_iters: int = setting(0, "scale the curriculum to so many steps (rl: cut)", own=True)
     cot_lr: float = setting(2e-3, "peak learning rate of stage 0", pretrained=1e-4)
@@ -212,14 +214,14 @@ def check(cfg):
     if cfg.hidden_size % (2 * cfg.heads):
         raise ValueError(f"--hidden_size {cfg.hidden_size} must be a multiple of twice --heads {cfg.heads}")
     if cfg.minibatch % cfg.questions_per_step or (cfg.questions_per_step * cfg.group) % cfg.minibatch:
-        raise ValueError(f"--minibatch {cfg.minibatch} must be --questions_per_step {cfg.questions_per_step} times "
-                         f"a divisor of --group {cfg.group}: a step takes as many rollouts of every question")
+        raise ValueError(f"--minibatch {cfg.minibatch} must be --questions_per_step {cfg.questions_per_step} "
+                         f"times a divisor of --group {cfg.group}: a step takes as many rollouts of each")
     for part, needs in (("vae", "head"), ("stop", "latent"), ("decode", "latent")):
         if getattr(cfg, part) == "yes" and not METHODS[cfg.method][needs]:
             raise ValueError(f"--{part} yes does not go with --method {cfg.method}")
     if cfg.thoughts_per_step * cfg.max_steps >= cfg.context:
-        raise ValueError(f"--thoughts_per_step {cfg.thoughts_per_step} times --max_steps {cfg.max_steps}: no room "
-                         f"in --context {cfg.context}")
+        raise ValueError(f"--thoughts_per_step {cfg.thoughts_per_step} times --max_steps {cfg.max_steps}: "
+                         f"no room in --context {cfg.context}")
 
 
 # --- set-up ---
@@ -278,7 +280,8 @@ class Run:
 
     def bar(self, total):
         # disable=None: quiet where there is no terminal
-        return tqdm(total=total, initial=self.state["step"], desc=self.name, disable=None if self.main else True)
+        quiet = None if self.main else True
+        return tqdm(total=total, initial=self.state["step"], desc=self.name, disable=quiet)
 
     def memory_gb(self):
         """Peak so far: of the GPU's memory, or of the process."""
@@ -294,8 +297,8 @@ class Run:
         if not math.isfinite(norm):
             parts = self.mean(parts)  # all processes are here, and say the same
             bad = [k for k, v in parts.items() if not math.isfinite(v)] or ["gradient"]
-            raise FloatingPointError(f"step {step}: {', '.join(bad)} is not finite; the last checkpoint stands "
-                                     f"(batch: {', '.join(ids)})")
+            raise FloatingPointError(f"step {step}: {', '.join(bad)} is not finite; the last checkpoint "
+                                     f"stands (batch: {', '.join(ids)})")
         return norm
 
     @contextmanager
@@ -303,7 +306,8 @@ class Run:
         """Hold the run's folder. ValueError where another run holds it."""
         lock = os.open(self.dir, os.O_RDONLY)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
+            # the system lets go of it however the process ends
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
         except BlockingIOError:
             raise ValueError(f"{self.dir}: another run is writing there (give another --out_dir)") from None
@@ -392,7 +396,8 @@ def build(cfg, run):
     if model:
         model, new = model.reconfigured(latent)
         if new and cfg.stage == "rl":
-            raise ValueError(f"--stage rl: {init} has no {new[0]}; train it first (--stage vae --init {init})")
+            raise ValueError(f"--stage rl: {init} has no {new[0]}; train it first "
+                             f"(--stage vae --init {init})")
         if new:
             run.say(f"{run.name}: not in {init}, made new: {', '.join(new)}")
         return model.to(run.device), tokenizer
@@ -421,7 +426,8 @@ def read_data(run, split):
         raise ValueError(f"--data {data}: no example of split {split} is left{mend}")
     shown = usable[:cfg.annotated or None] if imitates else usable
     if len(shown) < len(usable):
-        run.say(f"{run.name}: imitates the first {len(shown)} of {len(usable)} training questions (--annotated)")
+        run.say(f"{run.name}: imitates the first {len(shown)} of {len(usable)} training questions "
+                "(--annotated)")
     return shown
 
 
@@ -473,7 +479,8 @@ def load_optimizer(optimizer, model, ckpt):
     by_name = dict(model.named_parameters())
     for key, v in load_file(ckpt / "optimizer.safetensors").items():
         kind, name = key.split(".", 1)
-        optimizer.state[by_name[name]][kind] = (v.reshape(()) if kind == "step" else v).to(by_name[name].device)
+        p = by_name[name]
+        optimizer.state[p][kind] = (v.reshape(()) if kind == "step" else v).to(p.device)
 
 
 def resumed(cfg, given, folder):
@@ -488,7 +495,8 @@ def resumed(cfg, given, folder):
     kept = {k: v for k, v in saved.items() if k in FIELDS and not FIELDS[k].metadata.get("free")}
     for k in kept.keys() & given.keys():
         if kept[k] != given[k]:
-            raise ValueError(f"--{k} {given[k]}: --resume goes on with a run that has --{k} {kept[k]} ({folder})")
+            raise ValueError(f"--{k} {given[k]}: --resume goes on with a run that has --{k} {kept[k]} "
+                             f"({folder})")
     cfg = dataclasses.replace(cfg, **kept, init=cfg.init if "init" in given else saved["init"])
     check(cfg)
     return cfg, ckpt, state
@@ -502,7 +510,8 @@ def cut_metrics(file, step):
             if line.endswith("\n") and json.loads(line)["step"] <= step:
                 kept.append(line)
         except (ValueError, TypeError, KeyError):
-            raise ValueError(f"{file}:{number}: not a line of metrics (JSON with a step); delete it") from None
+            message = f"{file}:{number}: not a line of metrics (JSON with a step); delete it"
+            raise ValueError(message) from None
     file.with_suffix(".tmp").write_text("".join(kept), encoding="utf-8")
     os.replace(file.with_suffix(".tmp"), file)
 
@@ -693,8 +702,8 @@ def train_supervised(cfg, name, given):
             bar.update()
             if (step + 1) % cfg.log_every == 0 or step + 1 == total:
                 parts = {k: v * run.world for k, v in run.mean(parts).items()}
-                run.log(step=step + 1, stage=stage, lr=lr, grad_norm=norm, seconds=round(time.time() - began, 2),
-                        memory_gb=run.memory_gb(), **parts)
+                run.log(step=step + 1, stage=stage, lr=lr, grad_norm=norm, memory_gb=run.memory_gb(),
+                        seconds=round(time.time() - began, 2), **parts)
                 bar.set_postfix(stage=stage, **{k: f"{v:.3f}" for k, v in parts.items()})
             due = step + 1 == end or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)
             save_if_due(run, optimizer, bool(due) and validate(run, stage), total)
@@ -709,14 +718,14 @@ def make_reference(run):
     then."""
     init, latent = Path(run.cfg.init), dataclasses.replace(run.model.config, decode=False)
     if not (init / "latent.json").is_file():
-        raise FileNotFoundError(f"{init}: no such checkpoint; --kl_coef needs the one that RL began with (--init, "
-                                "wherever it is now)")
+        raise FileNotFoundError(f"{init}: no such checkpoint; --kl_coef needs the one that RL began with "
+                                "(--init, wherever it is now)")
     start = LatentReasoner.from_pretrained(init, device=run.device, decode=False).reconfigured(latent)[0]
     start.requires_grad_(False)
     trained = read_state(init)
     if run.state.setdefault("start", trained) != trained:
-        raise ValueError(f"{init} is not the checkpoint that this run began with, from which --kl_coef takes the KL; "
-                         "name that by --init, or begin anew without --resume")
+        raise ValueError(f"{init} is not the checkpoint that this run began with, from which --kl_coef takes "
+                         "the KL; name that by --init, or begin anew without --resume")
     if run.compile:
         start.policy.compile_blocks()
     # latents that are not sampled are no actions: the reference makes its own
@@ -732,7 +741,8 @@ def train_rl(cfg, name, given):
         total = cfg.rl_iters or max(1, len(run.train) // Q)  # 0: one epoch over the questions
         total = min(total, cfg.max_iters) if cfg.max_iters else total
         if cfg.w_coh and not cfg.w_acc and model.decoder is None:
-            raise ValueError(f"--w_acc 0 --w_coh {cfg.w_coh}: {cfg.init} has no decoder to say whether plans cohere")
+            raise ValueError(f"--w_acc 0 --w_coh {cfg.w_coh}: {cfg.init} has no decoder to say whether plans "
+                             "cohere")
         model.set_trainable("rl")
         optimizer = make_optimizer(model, cfg)
         if run.resumed:
@@ -740,8 +750,8 @@ def train_rl(cfg, name, given):
         log_probs = LogProbs(model, cfg.temperature, cfg.latent_grad, cfg.latent_temperature)
         reference = make_reference(run) if cfg.kl_coef else None
         ddp = run.wrap(log_probs)
-        run.say(f"{name}: {total} batches of {Q} questions x {G} rollouts, {Q * G // cfg.minibatch} optimizer steps "
-                f"each, from {cfg.init}")
+        run.say(f"{name}: {total} batches of {Q} questions x {G} rollouts, {Q * G // cfg.minibatch} "
+                f"optimizer steps each, from {cfg.init}")
         if state["step"] == 0:
             state["skipped"] = 0
             validate(run, "rl")  # to be kept, a checkpoint must be better
@@ -751,7 +761,8 @@ def train_rl(cfg, name, given):
             chosen = batch_indices(cfg.seed + (RL_ORDER << 32), step, len(run.train), Q)
             lr = lr_at(step, 0, total, cfg.rl_lr, cfg.rl_min_lr, step, cfg.rl_warmup)
             set_lr(optimizer, lr)
-            stats = rl_step(run, ddp, reference, optimizer, [run.train[i] for i in chosen], run.tokenizer, step + 1)
+            examples = [run.train[i] for i in chosen]
+            stats = rl_step(run, ddp, reference, optimizer, examples, run.tokenizer, step + 1)
             skipped = state["skipped"] + ("grad_norm" not in stats)
             state |= {"step": step + 1, "stage": "rl", "skipped": skipped}
             bar.update()
@@ -770,12 +781,14 @@ def report(cfg, runs):
     """The closing table: the newest checkpoint of each {label: folder}, on the built-in test sets or the
     data's own test split, greedy."""
     names = TEST_SETS if cfg.data == "builtin" else (cfg.data,)
-    split = "test" if cfg.data in (*BUILTIN, *DATASETS) else "valid"  # of a user's file, what is not trained on
+    # of a user's file: what is not trained on
+    split = "test" if cfg.data in (*BUILTIN, *DATASETS) else "valid"
     examples = {name: load(name, split, cfg.data_dir) for name in names}
     run, rows = Run(cfg, "report"), []
     for label, folder in runs.items():
         ckpt = find_checkpoint(folder)
-        model, tokenizer = LatentReasoner.from_pretrained(ckpt, device=run.device), Tokenizer.from_pretrained(ckpt)
+        model = LatentReasoner.from_pretrained(ckpt, device=run.device)
+        tokenizer = Tokenizer.from_pretrained(ckpt)
         figures = {}
         for name in names:
             encoded, _ = encode_all(examples[name], tokenizer, model.policy.config.max_position_embeddings)

@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
-from model import KVCache, LLaMA, check_tensors, first, product_dtype, read_json, save_tensors, tensor_headers, write_json
+from model import (KVCache, LLaMA, check_tensors, first, product_dtype, read_json, save_tensors,
+                   tensor_headers, write_json)
 
 METHODS = {  # paper, section 4: the baselines are parts switched off
     "atp":     dict(latent=True, head=True, vae=True, stop=True, decode=True),
@@ -344,7 +345,8 @@ class LatentReasoner(nn.Module):
         super().__init__()
         latents, context = config.thoughts_per_step * config.max_steps, policy.config.max_position_embeddings
         if config.latent and latents >= context:
-            raise ValueError(f"thoughts_per_step times max_steps is {latents}: no room in a context of {context}")
+            raise ValueError(f"thoughts_per_step times max_steps is {latents}: no room in a context of "
+                             f"{context}")
         self.config = config
         self.policy = policy
         d = policy.config.hidden_size
@@ -442,7 +444,8 @@ class LatentReasoner(nn.Module):
         if not drawn:
             none = precise(h).new_zeros(len(h), 0, c, h.shape[1])
             return none, none, none if self.config.vae else None
-        return [None if rows[0] is None else torch.stack(rows, dim=1).unflatten(1, (-1, c)) for rows in zip(*drawn)]
+        stack = lambda rows: torch.stack(rows, dim=1).unflatten(1, (-1, c))
+        return [None if rows[0] is None else stack(rows) for rows in zip(*drawn)]
 
     def forward(self, batch):
         """Loss parts of a Batch (paper, section 3.2): answer, decode, stop, kl. Each is this micro-batch's
@@ -454,7 +457,8 @@ class LatentReasoner(nn.Module):
             widths = batch.prefix.shape[1], batch.text.shape[1]
             cache = KVCache(N * self.config.thoughts_per_step + widths[1])
             # one look-up, since the gradient of each is as large as the table
-            prefix, text = policy.embed_tokens(torch.cat((batch.prefix, batch.text), dim=1)).split(widths, dim=1)
+            embeds = policy.embed_tokens(torch.cat((batch.prefix, batch.text), dim=1))
+            prefix, text = embeds.split(widths, dim=1)
             h = policy.hidden(embeds=prefix, cache=cache, valid=batch.prefix_valid)
             plan = self.think(last(h, batch.prefix_valid), cache, batch.steps, N, batch.noise)
             h = policy.hidden(embeds=text, cache=cache, valid=batch.text_valid)
@@ -505,9 +509,10 @@ class LatentReasoner(nn.Module):
                                    noise and noise.answer, temperature)
         sigma = None
         if plan.logvar is not None:
-            sigma = masked_mean((plan.logvar * 0.5).exp().mean(dim=(2, 3)), first(plan.steps, plan.z.shape[1]))
-        return Rollout(prefix, valid, group, precise(plan.z), plan.steps, plan.stopped, plan.stop_z, eps, sigma,
-                       tokens, lengths)
+            of_step = (plan.logvar * 0.5).exp().mean(dim=(2, 3))
+            sigma = masked_mean(of_step, first(plan.steps, plan.z.shape[1]))
+        return Rollout(prefix, valid, group, precise(plan.z), plan.steps, plan.stopped, plan.stop_z, eps,
+                       sigma, tokens, lengths)
 
     # --- in words ---
 
