@@ -3,28 +3,30 @@
     python tests/bench.py                                   all CPU workloads (about 15 minutes on 2 cores)
     python tests/bench.py --workloads E T --json bench.json
     python tests/bench.py --workloads 1B-train              Llama-3.2-1B's shape on a GPU (about 10 minutes)
+    python tests/bench.py --counts                          what a CPU can count (2 minutes)
     python tests/bench.py --signal out/vae                  how much of RL's gradients is signal (2 minutes)
-    python tests/bench.py --diversity out/vae out/rl        how unlike a question's samples are (2 minutes each)
+    python tests/bench.py --diversity out/vae out/rl        how unlike samples are (2 minutes each)
 
 S   SmolLM2-135M's shape, batch 8, up to 4 steps of 2 latents (its weights and tokenizer from --smollm2 DIR)
-T   a small LLaMA with a big vocabulary (256 wide, 4 layers, 49152 tokens), batch 32, up to 8 steps of 2 latents
+T   a small LLaMA with a big vocabulary (256 wide, 4 layers, 49152 tokens), batch 32, up to 8 steps of 2
+    latents
 E   the embedded default of train.py, all latent
 1B  Llama-3.2-1B's shape: random weights written in bfloat16, then loaded
-1B-train  the same shape, trained in one process with the settings for pretrained models: SFT, RL, evaluation
+1B-train  the same shape in one process, with the settings for pretrained models: SFT, RL, evaluation
 
-Questions are those of GSM8K's training set with 2 to K annotated steps, where --data_dir and --smollm2 have what
-that needs, else those of the built-in task (1B-train: random ids of GSM8K's lengths). Plans, decoded steps and
-answers run to their limits, K steps and 16 tokens. Each measurement but 1B-train's is a process of its own, since
-peak memory is a figure of a process. It takes the peak of fp32 matrix products (2048 x 2048) before and after.
+Questions are those of GSM8K's training set with 2 to K annotated steps, where --data_dir and --smollm2
+have what that needs, else those of the built-in task (1B-train: random ids of GSM8K's lengths). Plans,
+decoded steps and answers run to their limits, K steps and 16 tokens. Each measurement but those of 1B-train
+has a process of its own, since peak memory is a figure of a process. It takes the peak of fp32 matrix
+products (2048 x 2048) before and after.
 
-Utilisation = useful FLOPs / s over that peak. Useful FLOPs of a forward pass, per layer and token: 2 x (matrix
-parameters of the layer); per layer and pair of a query and a key that it may see: 4 x heads x head_dim; per logit
-that a loss reads: 2 d. Plus the heads. Three times that with the backward pass. Padding, repeated passes, logits
-that nobody reads and the optimizer count nothing.
+Utilisation = useful FLOPs / s over that peak. Useful FLOPs of a forward pass, per layer and token: 2 x
+(matrix parameters of the layer); per layer and pair of a query and a key that it may see: 4 x heads x
+head_dim; per logit that a loss reads: 2 d. Plus the heads. Three times that with the backward pass. Padding,
+repeated passes, logits that nobody reads and the optimizer count nothing.
 """
 
 import argparse
-import gc
 import json
 import mmap
 import os
@@ -32,26 +34,23 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import TEST_SETS, Encoded, Example, Tokenizer, builtin_tokenizer, encode_all, is_correct, load  # noqa: E402
+from data import Encoded, Example, Tokenizer, builtin_tokenizer, encode_all, load  # noqa: E402
 from eval import evaluate  # noqa: E402
 from model import LLaMA, LLaMAConfig, write_json  # noqa: E402
-from rl import LogProbs, advantages, rl_step, score, update  # noqa: E402
+from rl import LogProbs, rl_step, update  # noqa: E402
 from train import (Config, Run, batch_indices, defaults, make_optimizer, micro_batches,  # noqa: E402
                    reuse_memory, set_lr)
-from vae import (END, METHODS, START, LatentConfig, LatentReasoner, Noise, find_checkpoint, generator,  # noqa: E402
-                 moved, read_state, remaining_text)
+from vae import (END, METHODS, START, LatentConfig, LatentReasoner, Noise, generator, moved,  # noqa: E402
+                 remaining_text)
 
 WORKLOADS = {  # shape, then K, c, batch, questions x group of an RL step, rows of a micro-batch
     "S": dict(shape=(576, 1536, 30, 9, 3), vocab=49152, K=4, c=2, batch=8, questions=4, group=8, micro=8),
@@ -62,8 +61,8 @@ WORKLOADS = {  # shape, then K, c, batch, questions x group of an RL step, rows 
 }
 TINY = dict(shape=(64, 128, 2, 4, 2), vocab=500)  # to try 1B-train on a CPU
 # The released SIM-CoT code itself (its class, transformers 4.46, the same weights, data, batch, AdamW, fp32),
-# measured apart, on 2 cores with a peak of 100 GFLOP/s: examples/s, GB at most, answers/s. `Published` is
-# measured here.
+# measured apart, on 2 cores with a peak of 100 GFLOP/s: examples/s, GB at most, answers/s.
+# tests/published.py does that work here.
 PUBLISHED = {"S": dict(examples_s=0.31, memory_gb=8.7, answers_s=0.29),
              "T": dict(examples_s=0.69, memory_gb=6.8, answers_s=0.77)}
 
@@ -120,18 +119,19 @@ def synthetic(count, vocab):
 class Bench:
     """Model, data and Run of a workload."""
 
-    def __init__(self, name, args, steps=None, **changes):
+    def __init__(self, name, args, **changes):
         self.spec = spec = WORKLOADS[name] | changes
         d, ff, layers, heads, kv = spec["shape"]
         recipe = defaults("pretrained") if name == "1B-train" else {}
         self.cfg = Config(**recipe | dict(
             stage="vae", hidden_size=d, intermediate_size=ff, layers=layers, heads=heads, context=512,
-            thoughts_per_step=spec["c"], max_steps=spec["K"], batch_size=spec["batch"], micro_batch=spec["micro"],
-            questions_per_step=spec["questions"], group=spec["group"], minibatch=spec["questions"] * spec["group"],
+            thoughts_per_step=spec["c"], max_steps=spec["K"], batch_size=spec["batch"],
+            micro_batch=spec["micro"], questions_per_step=spec["questions"], group=spec["group"],
+            minibatch=spec["questions"] * spec["group"],
             device=args.device, compile=args.compile))
         self.run = Run(self.cfg, "bench")
         self.device = self.run.device
-        ids = self.read(name, args, steps)
+        ids = self.read(name, args)
         if name == "S" and self.data == "gsm8k":
             policy, self.weights = LLaMA.from_pretrained(args.smollm2, device=self.device), "SmolLM2-135M"
         else:
@@ -140,15 +140,16 @@ class Bench:
                 policy = LLaMA(LLaMAConfig(ids["vocab"], d, ff, layers, heads, kv, d // heads))
             self.weights = "random"
         policy.add_tokens([ids["start_id"], ids["end_id"]])
-        config = LatentConfig(**METHODS["atp"], method="atp", thoughts_per_step=spec["c"], max_steps=spec["K"],
-                              start_id=ids["start_id"], end_id=ids["end_id"], eos_id=ids["eos_id"],
+        config = LatentConfig(**METHODS["atp"], method="atp", thoughts_per_step=spec["c"],
+                              max_steps=spec["K"], start_id=ids["start_id"], end_id=ids["end_id"],
+                              eos_id=ids["eos_id"],
                               vocab_size=policy.config.vocab_size)
         with self.device:
             self.model = LatentReasoner(policy, config)
         self.compiled = False
         self.use(self.run)
 
-    def read(self, name, args, steps):
+    def read(self, name, args):
         """Tokenizer and examples. Returns the ids that the model needs."""
         K, vocab = self.spec["K"], self.spec["vocab"]
         real = name != "E" and args.smollm2 and Path(args.smollm2).is_dir()
@@ -160,11 +161,7 @@ class Bench:
         self.tokenizer.add_special(START, END)
         self.data = "gsm8k" if real and (Path(args.data_dir) / "gsm8k_train.jsonl").is_file() else "builtin"
         encoded, _ = encode_all(load(self.data, "train", args.data_dir)[:4000], self.tokenizer, 512)
-        if steps is None:
-            self.examples = [e for e in encoded if 2 <= len(e.steps) <= K]
-        else:  # growth: the steps of each question over and over, to just so many
-            self.examples = [replace(e, steps=[e.steps[i % len(e.steps)] for i in range(steps)])
-                             for e in encoded if e.steps]
+        self.examples = [e for e in encoded if 2 <= len(e.steps) <= K]
         start, end = self.tokenizer.token_id(START), self.tokenizer.token_id(END)
         return dict(vocab=vocab or self.tokenizer.vocab_size, start_id=start, end_id=end,
                     eos_id=self.tokenizer.end_id())
@@ -216,12 +213,13 @@ def forward_flops(config, tokens, logits):
     kv = config.num_key_value_heads * config.head_dim
     matrices = d * (width + 2 * kv) + width * d + 3 * d * config.intermediate_size
     pairs = tokens * (tokens + 1) / 2
-    return config.num_hidden_layers * (2 * matrices * tokens + 4 * width * pairs) + 2 * d * config.vocab_size * logits
+    layer = 2 * matrices * tokens + 4 * width * pairs
+    return config.num_hidden_layers * layer + 2 * d * config.vocab_size * logits
 
 
 def rounds(work, seconds, least=3):
-    """What work(1), work(2), ... returned, for so many seconds after the first, which also pays for allocations
-    and compilation."""
+    """What work(1), work(2), ... returned, for so many seconds after the first, which also pays for
+    allocations and compilation."""
     results = [work(1)]
     end = time.time() + seconds
     while time.time() < end or len(results) <= least:
@@ -249,7 +247,7 @@ def sft_step(run, ddp, optimizer, examples, stage, step):
 
 
 def supervised(b):
-    """(a function that makes supervised step n, all latent, and says what it took; its optimizer)."""
+    """A function that makes supervised step n, all latent, and says what it took."""
     b.model.set_trainable(b.spec["K"])
     b.model.train()
     optimizer = make_optimizer(b.model, b.run.cfg, b.run.cfg.weight_decay)
@@ -263,9 +261,9 @@ def supervised(b):
     return work
 
 
-def sft(name, args, steps=None, seconds=20.0, **changes):
+def sft(name, args, seconds=20.0):
     """Supervised steps, all latent: forward, backward, clip, AdamW."""
-    b = Bench(name, args, steps, **changes)
+    b = Bench(name, args)
     peak = matmul_peak(b.device)
     found = rounds(supervised(b), seconds)
     gb, peak = b.memory(), max(peak, matmul_peak(b.device))
@@ -277,8 +275,8 @@ def sft(name, args, steps=None, seconds=20.0, **changes):
 
 
 def full_update(b, ddp, optimizer, rollout, step):
-    """Seconds of the update that random advantages make: the step's own leaves out groups of equal rewards, and
-    the bench is no judge of answers."""
+    """Seconds of the update that random advantages make: the step's own leaves out groups of equal rewards,
+    and the bench is no judge of answers."""
     advantage = torch.randn(len(rollout.tokens), generator=generator(1, step))
     b.model.train()
     ids = ["bench"]
@@ -294,11 +292,11 @@ def reinforced(b):
     return b.run.wrap(log_probs), optimizer
 
 
-def rl(name, args, seconds=20.0, **changes):
-    """RL steps, in parts. The reward holds the decoding of right answers' plans. How many are right depends on the
-    model: the decoding of all plans, the most that it can be, is timed alone; its share is that of rollout,
-    decoding and update."""
-    b = Bench(name, args, **changes)
+def rl(name, args, seconds=20.0):
+    """RL steps, in parts. The reward holds the decoding of right answers' plans. How many are right depends
+    on the model: the decoding of all plans, the most that it can be, is timed alone; its share is that of
+    rollout, decoding and update."""
+    b = Bench(name, args)
     b.to_the_limit()
     Q, G = b.spec["questions"], b.spec["group"]
     # the gradient that is the default for such a model
@@ -315,7 +313,7 @@ def rl(name, args, seconds=20.0, **changes):
 
     found = rounds(work, seconds, least=2)
     rollout = rollout_of(b.batch(1, Q), 1)
-    decode = timed(lambda: b.model.decode_steps(rollout.z, rollout.steps), b.device)
+    decode = timed(lambda: b.model.plan_texts(rollout.z, rollout.steps, b.tokenizer), b.device)
     mean = {k: median(found, k) for k in ("rollout_s", "score_s", "update_s")} | {"decode_all_s": decode}
     mean["step_s"] = mean["rollout_s"] + mean["score_s"] + mean["update_s"]
     mean["decode_share"] = decode / (mean["rollout_s"] + decode + mean["update_s"])
@@ -330,7 +328,8 @@ def evaluation(name, args):
     b.model.eval()
     size = {"S": 64, "T": 256, "E": 512}[name]
     questions = sorted(b.batch(0, size), key=lambda e: len(e.question))
-    greedy = lambda: [b.model.rollout([e.question for e in questions[i:i + 128]]) for i in range(0, size, 128)]
+    parts = [[e.question for e in questions[i:i + 128]] for i in range(0, size, 128)]
+    greedy = lambda: [b.model.rollout(part) for part in parts]
     one = lambda: [b.model.rollout([e.question]) for e in questions[::size // 8]]
     rows = b.model.rollout([e.question for e in questions[:8]])  # warm
     generation = min(timed(greedy, b.device) for _ in range(2))
@@ -338,167 +337,196 @@ def evaluation(name, args):
     whole = timed(lambda: evaluate(b.model, b.tokenizer, questions, 128), b.device)
     return {"generation_q_s": size / generation, "one_at_a_time_q_s": 1 / alone, "evaluate_q_s": size / whole,
             "batching_gain": alone * size / generation, "memory_gb": b.memory(),
-            "latents": float(rows.steps.float().mean()) * b.spec["c"], "tokens": float(rows.lengths.float().mean())}
+            "latents": float(rows.steps.float().mean()) * b.spec["c"],
+            "tokens": float(rows.lengths.float().mean())}
 
 
-# --- 1B-train: rows are printed as they are measured ---
+def as_published(name, args, seconds=20.0):
+    """Examples/s, answers/s and memory of the released code's way."""
+    from published import Published
+    b = Bench(name, args)
+    theirs, questions = Published(b), b.batch(0, 8)
+    theirs.answer(questions[0])
+    alone = timed(lambda: [theirs.answer(e) for e in questions], b.device) / len(questions)
+    work = lambda step: timed(lambda: theirs.step(b.batch(step, b.spec["batch"])), b.device)
+    clock = rounds(work, seconds, least=2)[1:]
+    return {"examples_s": b.spec["batch"] * len(clock) / sum(clock), "answers_s": 1 / alone,
+            "memory_gb": b.memory(), "steps": len(clock), "peak_gflops": matmul_peak(b.device)}
 
-def guarded(b, label, columns, measure):
-    """Print a row of what measure() finds, at once: another row may run out of memory."""
-    gc.collect()
-    if b.device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    try:
-        found = measure()
-        cells = [f"{found[c]:.3g}" if found[c] < 100 else f"{found[c]:.0f}" for c in columns]
-    except torch.OutOfMemoryError:
-        cells = ["out of memory"] + [""] * (len(columns) - 1)
-    except RuntimeError as e:  # the rows after this one are still worth having
-        traceback.print_exc()
-        cells = [f"failed: {str(e).splitlines()[0][:60]}"] + [""] * (len(columns) - 1)
-    b.model.zero_grad(set_to_none=True)
-    print(f"| {' | '.join([label, *cells])} |", flush=True)
+# --- loading ---
 
-
-def head(title, columns):
-    print("\n" + markdown([title, *columns], []), flush=True)
+SHAPE_1B = LLaMAConfig(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+                       num_attention_heads=32, num_key_value_heads=8, head_dim=64, rope_theta=500000.0,
+                       rope_scaling={"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
+                                     "high_freq_factor": 4.0, "original_max_position_embeddings": 8192})
 
 
-def profiled(f, device, show):
-    """How long the GPU was busy in f(), and with how many kernels and copies. show: print the longest."""
-    if device.type != "cuda":
-        return {"busy s": 0.0, "kernels": 0}
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as prof:
-        f()
-        torch.cuda.synchronize()
-    spent, count = Counter(), Counter()
-    for e in prof.events():
-        if e.device_type == torch.autograd.DeviceType.CUDA:
-            spent[e.name] += e.time_range.elapsed_us() / 1e6
-            count[e.name] += 1
-    for name, s in spent.most_common(25 if show else 0):
-        print(f"    {s:8.4f} s {count[name]:6d} x {name[:100]}", file=sys.stderr)
-    return {"busy s": sum(spent.values()), "kernels": sum(count.values())}
+def write_1b(folder):
+    with torch.device("meta"):
+        model = LLaMA(SHAPE_1B)
+    model = model.bfloat16().to_empty(device="cpu")
+    for p in model.parameters():
+        p.detach().fill_(1.0) if p.dim() < 2 else p.detach().normal_(std=0.02)
+    model.save_pretrained(folder)
 
 
-def sft_1b(b, args):
-    columns = ["examples/s", "TFLOP/s", "peak GB", "reserved GB", "step s", "busy s", "kernels", "first step s"]
-    head(f"SFT, {b.spec['batch']} a batch", columns)
+def load_1b(folder, dtype):
+    """Loading against reading the file's bytes (both from the page cache), memory against the model's own.
 
-    def measure(micro):
-        b.run.micro_batch = micro
-        work = supervised(b)
-        found = rounds(work, args.seconds, least=2)
-        s = sum(r["s"] for r in found[1:])
-        out = {"examples/s": b.spec["batch"] * len(found[1:]) / s, "step s": median(found, "s"),
-               "TFLOP/s": sum(r["flops"] for r in found[1:]) / s / 1e12, "peak GB": b.memory(),
-               "reserved GB": reserved(b.device), "first step s": found[0]["s"]}
-        return out | profiled(lambda: work(1), b.device, args.profile)
+    Two ways to read: into one small buffer, which touches no new memory, and into new memory, as a model
+    needs it. Pages that a virtual machine touches for the first time are slower still: enough are touched
+    before."""
+    file, cpu = Path(folder) / "model.safetensors", torch.device("cpu")
 
-    for micro in args.micro:
-        guarded(b, f"micro-batch {micro}", columns, lambda: measure(micro))
+    def read():
+        with open(file, "rb", buffering=0) as f:
+            buffer = bytearray(2**24)
+            while f.readinto(buffer):
+                pass
 
+    def status(key):
+        return int(next(r for r in open("/proc/self/status") if r.startswith(key)).split()[1]) * 1024
 
-def reserved(device):
-    """Peak of what the allocator took from the device, GB."""
-    return torch.cuda.max_memory_reserved() / 1e9 if device.type == "cuda" else 0.0
-
-
-def rl_1b(b, args):
-    Q, G = b.spec["questions"], b.spec["group"]
-    columns = ["rollout s", "decode all s", "update s", "rollouts/s", "peak GB", "rollout busy s", "rollout kernels",
-               "update busy s", "update kernels", "first round s"]
-    head(f"RL, {Q} x {G}", columns)
-
-    def measure(grad, minibatch):
-        run = Run(replace(b.cfg, latent_grad=grad, minibatch=minibatch, micro_batch=b.spec["micro"]), "rl")
-        b.use(run)
-        ddp, optimizer = reinforced(b)
-        last = {}
-
-        def roll(step):
-            questions = b.batch(step, Q)
-            with run.autocast():
-                last["rollout"] = b.model.rollout([e.question for e in questions], G, b.noise(Q * G, step),
-                                                  run.cfg.max_answer)
-            last["examples"] = [replace(e.example, answer="1") for e in questions]
-
-        def decode():
-            with run.autocast():
-                score(b.model, last["rollout"], last["examples"], Stub())  # all are right: all are decoded
-
-        def work(step):
-            b.model.eval()
-            out = {"rollout": timed(lambda: roll(step), b.device), "decode": timed(decode, b.device)}
-            return out | {"update": full_update(b, ddp, optimizer, last["rollout"], step)}
-
-        found = rounds(work, args.seconds, least=2)
-        s = {k: median(found, k) for k in found[0]}
-        out = {"rollout s": s["rollout"], "decode all s": s["decode"], "update s": s["update"],
-               "rollouts/s": Q * G / sum(s.values()), "peak GB": b.memory(), "first round s": sum(found[0].values())}
-        b.model.eval()
-        for part, f in {"rollout": lambda: roll(1), "update": lambda: full_update(b, ddp, optimizer, last["rollout"], 1)}.items():
-            out |= {f"{part} {k}": v for k, v in profiled(f, b.device, args.profile).items()}
-        return out
-
-    for grad in ("score", "path"):
-        for minibatch in (Q, Q * G):
-            guarded(b, f"{grad}, minibatch {minibatch}", columns, lambda: measure(grad, minibatch))
+    warm = mmap.mmap(-1, 3 * file.stat().st_size)
+    for page in range(0, len(warm), mmap.PAGESIZE):
+        warm[page] = 1
+    warm.close()
+    read()
+    reading, new = (min(timed(f, cpu) for _ in range(2)) for f in (read, file.read_bytes))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before, models = status("VmRSS"), []
+    loading = timed(lambda: models.append(LLaMA.from_pretrained(folder, dtype)), cpu)
+    grown = status("VmHWM") - before
+    size = sum(p.numel() * p.element_size() for p in models[0].parameters())
+    out = {"read_s": reading, "read_new_s": new, "load_s": loading, "load_over_read_new": loading / new,
+           "model_gb": size / 1e9, "peak_over_model": grown / size}
+    if dtype is torch.float32:
+        with torch.no_grad():
+            models[0](torch.arange(8)[None])
+            out["forward_128_tokens_s"] = timed(lambda: models[0](torch.arange(128)[None]), cpu)
+    return out
 
 
-def eval_1b(b, args):
-    columns = ["questions/s", "peak GB", "busy s", "kernels", "first batch s"]
-    head("evaluation, 512 questions", columns)
-    questions = b.batch(0, 512)
+# --- one process a measurement, and the tables ---
 
-    def measure(batch):
-        b.use(Run(b.cfg, "vae"))
-        work = lambda some: evaluate(b.model, b.tokenizer, some, batch, bf16=b.run.bf16)
-        warm = timed(lambda: work(questions[:batch]), b.device)
-        s = timed(lambda: work(questions), b.device)
-        found = {"questions/s": len(questions) / s, "peak GB": b.memory(), "first batch s": warm}
-        return found | profiled(lambda: work(questions), b.device, args.profile)
-
-    for batch in (128, 256):
-        guarded(b, f"batch {batch}", columns, lambda: measure(batch))
+def worker(job, args):
+    kind, *rest = job.split(":")
+    if kind == "write1b":
+        return write_1b(rest[0]) or {}
+    if kind == "load1b":
+        return load_1b(rest[0], getattr(torch, rest[1]))
+    return {"sft": sft, "rl": rl, "eval": evaluation, "published": as_published}[kind](rest[0], args)
 
 
-def train_1b(args):
-    """Rows of SFT, RL and evaluation in Llama-3.2-1B's shape."""
-    b = Bench("1B-train", args, **(TINY if args.tiny else {}))
-    card = torch.cuda.get_device_name() if b.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    size = sum(p.numel() for p in b.model.parameters()) / 1e9
-    print(f"{card}, torch {torch.__version__}, {size:.2f} G parameters, questions: {b.data}", flush=True)
-    for part in args.only.split(","):
-        torch._dynamo.reset()  # as in a process of its own
-        if part != "sft":
-            b.to_the_limit()
-        b.use(Run(b.cfg, "vae"))
-        {"sft": sft_1b, "rl": rl_1b, "eval": eval_1b}[part](b, args)
+def measure(job, args):
+    print(job.split(":/")[0], "...", file=sys.stderr, flush=True)
+    flags = [f"--{k}={getattr(args, k)}" for k in ("smollm2", "data_dir", "device", "compile", "threads")]
+    command = [sys.executable, __file__, "--worker", job, *flags]
+    out = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if out.returncode:
+        sys.exit(f"bench: {job} failed")
+    return json.loads(out.stdout.splitlines()[-1])
+
+
+def results_of(args):
+    """{workload: {measurement: its figures}}."""
+    results = {}
+    for w in args.workloads:
+        if w == "1B":
+            with tempfile.TemporaryDirectory() as folder:
+                measure(f"write1b:{folder}", args)
+                results[w] = {t: measure(f"load1b:{folder}:{t}", args) for t in ("bfloat16", "float32")}
+        else:
+            kinds = ("sft", "rl", "eval", "published") if w in PUBLISHED else ("sft", "rl", "eval")
+            results[w] = {kind: measure(f"{kind}:{w}", args) for kind in kinds}
+    return results
+
+
+def report(results):
+    """The tables, as Markdown."""
+    number, times = (lambda v: f"{v:.2f}"), (lambda v: f"{v:.2g} x")
+    trained = [w for w in ("S", "T", "E") if w in results]
+    rows = []
+    for w in trained:
+        s, e, p = results[w]["sft"], results[w]["eval"], results[w].get("published")
+        beside = lambda v, key: [number(v), *((number(p[key]), times(v / p[key])) if p else ("", ""))]
+        rows.append([w, *beside(s["examples_s"], "examples_s"), *beside(s["memory_gb"], "memory_gb"),
+                     *beside(e["generation_q_s"], "answers_s"), f"{100 * s['utilisation']:.0f} %",
+                     number(e["evaluate_q_s"]), times(e["batching_gain"])])
+    if trained:
+        theirs = ["as published", "ratio"]
+        print(markdown(["", "SFT examples/s", *theirs, "peak GB", *theirs, "answers/s", *theirs,
+                        "utilisation, SFT", "evaluate questions/s", "batched against one at a time"], rows),
+              end="\n\n")
+        keys = ("rollout_s", "score_s", "decode_all_s", "update_s", "decode_share", "rollouts_s", "memory_gb")
+        rows = [[w, *(number(results[w]["rl"][k]) for k in keys)] for w in trained]
+        print(markdown(["RL step", "rollout s", "reward s", "decoding all plans s", "update s",
+                        "share of decoding all", "rollouts/s", "peak GB"], rows), end="\n\n")
+    if "1B" in results:
+        keys = ("read_s", "read_new_s", "load_s", "load_over_read_new", "model_gb", "peak_over_model",
+                "forward_128_tokens_s")
+        rows = [[t, *(number(r[k]) if k in r else "" for k in keys)] for t, r in results["1B"].items()]
+        print(markdown(["1B", "read s", "read into new memory s", "load s", "load / read into new",
+                        "model GB", "peak memory / model", "forward, 128 tokens, s"], rows))
+
+
+def arguments():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--workloads", nargs="+", default=["S", "T", "E", "1B"],
+                   choices=["S", "T", "E", "1B", "1B-train"])
+    p.add_argument("--smollm2", default=os.environ.get("SMOLLM2_DIR", ""),
+                   help="SmolLM2-135M, Hugging Face layout")
+    folders = [d for d in (ROOT / "data", ROOT.parent / "shared" / "data") if d.is_dir()]
+    p.add_argument("--data_dir", default=str(folders[0] if folders else "data"),
+                   help="where gsm8k_train.jsonl is")
+    p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    p.add_argument("--compile", default="auto", choices=["auto", "yes", "no"])
+    p.add_argument("--threads", type=int, default=0)
+    p.add_argument("--counts", action="store_true", help="only this")
+    p.add_argument("--signal", metavar="DIR", help="only this, of a checkpoint of --stage vae")
+    p.add_argument("--diversity", nargs="+", metavar="DIR",
+                   help="only this, of checkpoints trained on the built-in task")
+    p.add_argument("--json", metavar="FILE", help="write all figures there")
+    p.add_argument("--worker", help=argparse.SUPPRESS)
+    group = p.add_argument_group("1B-train")
+    group.add_argument("--only", default="sft,rl,eval", help="which parts")
+    group.add_argument("--micro", type=int, nargs="+", default=[256, 128, 64], help="micro-batches of SFT")
+    group.add_argument("--seconds", type=float, default=15.0, help="of each measurement")
+    group.add_argument("--profile", action="store_true", help="print the longest kernels")
+    group.add_argument("--tiny", action="store_true", help="a tiny shape, to try it on a CPU")
+    return p.parse_args()
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--workloads", nargs="+", default=["S", "T", "E", "1B"], choices=["S", "T", "E", "1B", "1B-train"])
-    p.add_argument("--smollm2", default=os.environ.get("SMOLLM2_DIR", ""), help="SmolLM2-135M, Hugging Face layout")
-    p.add_argument("--data_dir", default=str(next((d for d in (ROOT / "data", ROOT.parent / "shared" / "data")
-                                                   if d.is_dir()), "data")), help="where gsm8k_train.jsonl is")
-    p.add_argument("--device", default="auto")
-    p.add_argument("--compile", default="auto")
-    p.add_argument("--threads", type=int, default=0)
-    p.add_argument("--only", default="sft,rl,eval", help="1B-train: which parts")
-    p.add_argument("--micro", type=int, nargs="+", default=[256, 128, 64], help="1B-train: micro-batches of SFT")
-    p.add_argument("--seconds", type=float, default=15.0, help="1B-train: of each measurement")
-    p.add_argument("--profile", action="store_true", help="1B-train: print the longest kernels")
-    p.add_argument("--tiny", action="store_true", help="1B-train: a tiny shape, to try it on a CPU")
-    args = p.parse_args()
+    args = arguments()
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.workloads == ["1B-train"]:
+    if not (args.worker or "").startswith("load1b"):  # its figures are of new memory
         reuse_memory()
-        train_1b(args)
+    if args.worker:
+        print(json.dumps(worker(args.worker, args)))
+    elif args.counts:
+        import counts
+        counts.report(args)
+    elif args.signal:
+        import studies
+        print(markdown(["latent_grad", "term", "norm", "cosine"], studies.signal(args.signal)))
+    elif args.diversity:
+        import studies
+        print(markdown(["", "sampled", "distinct plans of 32", "distinct answers of 32", "pass@1 %",
+                        "pass@32 %"], studies.diversity(args.diversity)))
+    else:
+        if "1B-train" in args.workloads:  # in this process
+            import bench_1b
+            bench_1b.train_1b(args)
+            args.workloads.remove("1B-train")
+        results = results_of(args)
+        report(results)
+        if args.json:
+            write_json(args.json, {"torch": torch.__version__, "threads": torch.get_num_threads(),
+                                   "published": PUBLISHED, "results": results})
 
 
 if __name__ == "__main__":
+    sys.modules["bench"] = sys.modules[__name__]  # for those that import this file
     main()
