@@ -16,7 +16,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from data import extract_answer, is_correct, numbers_equal, parse_number, parse_step, well_formed
 from model import KVCache, first

@@ -306,11 +306,13 @@ class Run:
         """Hold the run's folder. ValueError where another run holds it."""
         lock = os.open(self.dir, os.O_RDONLY)
         try:
-            # the system lets go of it however the process ends
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                # the system lets go of it however the process ends
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                message = f"{self.dir}: another run is writing there (give another --out_dir)"
+                raise ValueError(message) from None
             yield
-        except BlockingIOError:
-            raise ValueError(f"{self.dir}: another run is writing there (give another --out_dir)") from None
         finally:
             os.close(lock)
 
@@ -645,6 +647,7 @@ def fit_micro_batch(run, stage):
             losses = batch = None
             run.model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
+    del held
     size = torch.tensor(size, device=run.device)
     if run.world > 1:
         dist.all_reduce(size, dist.ReduceOp.MIN)
@@ -681,6 +684,7 @@ def train_supervised(cfg, name, given):
             if step == first > 0 and first == text_steps and model.decoder is not None:
                 model.decoder.load_state_dict(model.policy.state_dict())  # it starts as the warmed up policy
             if optimizer is None or step == first:
+                optimizer = ddp = None  # the last stage's averages make room
                 optimizer, ddp = start_stage(run, stage, new=step == first)
             examples = [run.train[i] for i in batch_indices(cfg.seed, step, len(run.train), cfg.batch_size)]
             batches, parts = list(micro_batches(run, examples, stage, step)), {}

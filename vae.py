@@ -501,10 +501,11 @@ class LatentReasoner(nn.Module):
         cache = KVCache(latents + max_tokens, group)
         h = last(self.policy.hidden(prefix, cache=cache, valid=valid), valid).repeat_interleave(group, dim=0)
         none = torch.zeros(len(h), dtype=torch.long, device=device)
-        plan = Plan(*self.stacked([], h), none, none.bool(), None, None)
         if config.latent:
             plan = self.think(h, cache, eps=eps, uniform=noise and noise.stop)
             h = self.policy.hidden(none[:, None] + config.end_id, cache=cache)[:, 0]
+        else:
+            plan = Plan(*self.stacked([], h), none, none.bool(), None, None)
         tokens, lengths = generate(self.policy, h, cache, config.vocab_size, self.ends, max_tokens,
                                    noise and noise.answer, temperature)
         sigma = None
@@ -538,7 +539,8 @@ class LatentReasoner(nn.Module):
 
     def texts(self, tokens, lengths, tokenizer):
         rows = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())]
-        ended = [bool(row) and row[-1] in self.ends for row in rows]
+        ends = self.ends
+        ended = [bool(row) and row[-1] in ends for row in rows]
         return [tokenizer.decode(row[:-1] if end else row) for row, end in zip(rows, ended)], ended
 
     # --- checkpoints: a Hugging Face LLaMA, with the decoder and the heads beside it ---

@@ -27,7 +27,7 @@ import bench
 import model as model_module
 import train
 import vae as vae_module
-from model import Block, KVCache, LLaMA, LLaMAConfig
+from model import KVCache, LLaMA, LLaMAConfig
 from train import micro_batches
 from vae import moved
 

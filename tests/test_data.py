@@ -215,8 +215,8 @@ KEYS = "question+answer, problem+answer, input+target, Body+Question+Equation+An
 @pytest.mark.parametrize("content, where", [
     (GSM + "\n{\"question\": \"x\n", ":2: broken JSON"), (GSM.encode() + b"\n\n\xff\xfe",
     ":3: 'utf-8' codec"),
-    (GSM.encode() + b"\n\0", ":2: neither"), ('{"question": "x"}', f":1: neither 'question||"),
-    ("[5]", f":1: neither"),
+    (GSM.encode() + b"\n\0", ":2: neither"), ('{"question": "x"}', ":1: neither 'question||"),
+    ("[5]", ":1: neither"),
     ('{"Question": "x", "Answer": 5}', KEYS),
     ('{"question": 5, "answer": "#### 5"}', ":1: 'question' must be text, not 5"),
     ('{"question": " ", "answer": "5"}', ":1: 'question' must be text"), (GSM + "\n[1]", ":2: neither"),
@@ -251,8 +251,8 @@ def test_skip_bad_leaves_out_and_says_so(tmp_path, capsys):
     assert "left out 1 bad of" in (err := capsys.readouterr().err) and err.count("\n") == 1 and ":2: " in err
     items = [{"problem": "q", "answer": a} for a in ("1", "2", "x", "4")]
     own = write(tmp_path / "own.json", json.dumps(items))
-    assert [x.answer for split in ("train", "valid") for x in data.load(str(own), split)] == ["1", "2", "4"]
-    refused(lambda: data.load(str(own), "test"), "own.json:3")
+    for split in ("train", "valid", "test"):  # a user's own file is theirs to mend
+        refused(lambda: data.load(str(own), split), "own.json:3")
     write(tmp_path / "gsm8k_aug_train.txt", "nonsense\n")
     refused(lambda: data.load("gsm8k_aug", "train", tmp_path))
 
