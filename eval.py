@@ -4,7 +4,6 @@
     python eval.py --compare out_0 out_1 out_2
 """
 
-import json
 import os
 import re
 from collections import Counter
@@ -34,44 +33,40 @@ def judge(texts, example):
 @torch.no_grad()
 def evaluate(model, tokenizer, encoded, batch_size=128, samples=0, seed=0, max_tokens=160, temperature=1.0,
              latent_temperature=1.0, bf16=False, progress=None):
-    """Figures of data.Encoded questions, and what became of each (a list of dicts).
-
-    Figures are means over questions: accuracy and coherence (0 to 1), latents, tokens (latents and answer
-    tokens without <eos>), pass@k and maj@k of `samples` rollouts each. progress: label of a bar."""
-    model.eval()
-    config, policy = model.config, model.policy.config
+    """Mean figures of data.Encoded questions, and what became of each (a list of dicts): accuracy and
+    coherence (0 to 1), latents, tokens (latents and answer tokens without <eos>), pass@k and maj@k of
+    `samples` rollouts each. progress: label of a bar."""
+    config, policy = model.eval().config, model.policy.config
     # a latent method writes only its short answer
     limit = 16 if config.latent else min(max_tokens, policy.max_position_embeddings)
     # questions of like length share a batch, which leaves little padding
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].question))
-    size = max(1, batch_size // max(1, samples))
+    size, results = max(1, batch_size // max(1, samples)), [{}] * len(encoded)
     parts = [order[at:at + size] for at in range(0, len(order), size)]
-    results = [{}] * len(encoded)
     for part in tqdm(parts, progress, leave=False, disable=None if progress else True):
         questions, plans = [encoded[i].question for i in part], [[]] * len(part)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             rollout = model.rollout(questions, max_tokens=limit)
             if model.decoder is not None:
                 plans = model.plan_texts(rollout.z, rollout.steps, tokenizer)
-            if samples:
-                # each question has its own noise: no other question and no batch size changes its samples
-                noise = Noise.cat([Noise.draw(samples, config, policy.hidden_size, limit, generator(seed, i))
-                                   for i in part])
+            if samples:  # with noise that no other question and no batch size changes
+                d = policy.hidden_size
+                noise = [Noise.draw(samples, config, d, limit, generator(seed, i)) for i in part]
+                noise = Noise(*map(torch.cat, zip(*noise)))
                 sampled = model.rollout(questions, samples, noise, limit, temperature, latent_temperature)
-                sampled, _ = model.answer_texts(sampled, tokenizer)
-        texts, ended = model.answer_texts(rollout, tokenizer)
-        latents = (rollout.steps * config.thoughts_per_step).tolist()
-        lengths = rollout.lengths.tolist()
+                sampled, _ = model.texts(sampled.tokens, sampled.lengths, tokenizer)
+        texts, ended = model.texts(rollout.tokens, rollout.lengths, tokenizer)
+        steps, lengths = rollout.steps.tolist(), rollout.lengths.tolist()
         for j, i in enumerate(part):
-            example, text, plan = encoded[i].example, texts[j], plans[j]
+            example, latents = encoded[i].example, steps[j] * config.thoughts_per_step
             results[i] = vars(example) | {
-                "plan": plan, "text": text, "accuracy": is_correct(text, example), "latents": latents[j],
-                "tokens": latents[j] + lengths[j] - ended[j],
-                "coherence": coherence(plan, extract_answer(text))}
+                "plan": plans[j], "text": texts[j], "accuracy": is_correct(texts[j], example),
+                "tokens": latents + lengths[j] - ended[j], "latents": latents,
+                "coherence": coherence(plans[j], extract_answer(texts[j]))}
             if samples:
                 results[i] |= judge(sampled[j * samples:(j + 1) * samples], example)
     n, names = len(results), ["accuracy", "tokens", "latents", "coherence"]
-    names += [name for name in results[0] if "@" in name] if results else []
+    names += [name for result in results[:1] for name in result if "@" in name]
     return {"n": n} | {name: sum(r[name] for r in results) / max(1, n) for name in names}, results
 
 
@@ -81,7 +76,7 @@ def over_sets(run):
 
 
 def cell(name, runs):
-    """A figure's mean over runs ± standard deviation, a difference's ± standard error; shares in per cent."""
+    """A figure's mean over runs ± standard deviation (differences: standard error), shares in per cent."""
     scale, digits = {"n": (1, 0), "tokens": (1, 2), "latents": (1, 2)}.get(name, (100, 1))
     values = [scale * figures[name] for figures in runs if name in figures]
     sign, count = ("+", len(values)) if name.startswith("to ") else ("", 1)
@@ -104,14 +99,14 @@ def table(rows, names=("tokens", "coherence")):
 
 
 def gather(folders):
-    """{row: {seed: record}} of all runs in the folders. A row is named by its folders with a * for the seed:
+    """{row: {seed: record}} of all runs in the folders. A row is named by its folder with a * for the seed:
     few_0/vae and few_1/vae are few_*/vae. ValueError: a row has a seed twice."""
     rows, found = {}, [ckpt.resolve() for folder in folders for ckpt in checkpoints(folder)]
     root = os.path.commonpath([ckpt.parents[1] for ckpt in found])
     for ckpt in found:
         config, name = read_state(ckpt)["config"], os.path.relpath(ckpt.parent, root)
         row = re.sub(rf"(?<!\d){config['seed']}(?![^\W_])", "*", name, count=1)
-        record = {"row": row, "checkpoint": str(ckpt), "config": config}
+        record = {"row": row, "checkpoint": str(ckpt), "config": config, "benchmarks": {}, "explained": {}}
         if rows.setdefault(row, {}).setdefault(config["seed"], record) is not record:
             raise ValueError(f"--compare: {ckpt.parent} is the second run of seed {config['seed']} in {row}")
     return rows
@@ -128,22 +123,20 @@ def compare(rows, base):
 
 
 def measure(record, data, args):
-    """Evaluate the checkpoint of a record on {test set: examples}; print the questions of --explain."""
+    """Evaluate the checkpoint of a record on {test set: examples}, and print the questions of --explain."""
     ckpt, device = record["checkpoint"], device_of(args.device)
     auto = "auto" if device.type == "cuda" else None
     model = LatentReasoner.from_pretrained(ckpt, device=device)
     tokenizer = Tokenizer.from_pretrained(ckpt)
     check_vocabulary(tokenizer, model.policy, ckpt)
-    if args.compile in ("yes", auto):
-        for llama in model.llamas():
-            llama.compile_blocks()
-    record |= {"benchmarks": {}, "explained": {}}
+    for llama in model.llamas() if args.compile in ("yes", auto) else ():
+        llama.compile_blocks()
     for name, examples in data.items():
         encoded, skipped = encode_all(examples, tokenizer, model.policy.config.max_position_embeddings)
-        if skipped:
-            print(f"{name}: {skipped} questions do not fit the context")
         if not encoded:
             raise ValueError(f"{name}: none of its questions fits the context of {ckpt}")
+        if skipped:
+            print(f"{name}: {skipped} questions do not fit the context")
         record["benchmarks"][name], results = evaluate(
             model, tokenizer, encoded, args.batch_size, args.samples, args.seed, args.max_tokens,
             args.temperature, args.latent_temperature, args.dtype in ("bfloat16", auto), name)
@@ -152,29 +145,7 @@ def measure(record, data, args):
             print(f"{r['id']}: {r['question']}")
             for step, reference in zip_longest(r["plan"], r["steps"], fillvalue=""):
                 print(f"  {step:<20} reference: {reference}")
-            print(f"  {r['text']:<20} reference: {r['answer']}\n")
-
-
-def plot(file, rows):
-    """Draw accuracy against tokens, a point a run, and the curves of RL runs; a colour a row."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--plot needs matplotlib (pip install matplotlib)") from None
-    figure = Figure(figsize=(16, 4), layout="constrained")
-    first, *others = figure.subplots(1, 4)
-    for i, (row, seeds) in enumerate(rows.items()):
-        means = [over_sets(record["benchmarks"]) for record in seeds.values()]
-        first.plot([m["tokens"] for m in means], [m["accuracy"] for m in means], f"oC{i % 10}", label=row)
-        first.set(title="accuracy", xlabel="tokens")
-        first.legend()
-        for record in seeds.values():
-            metrics = open(f"{record['checkpoint']}/../metrics.jsonl", encoding="utf-8")
-            lines = [json.loads(line) for line in metrics if '"reward"' in line]
-            for axis, name in zip(others, ("reward", "accuracy", "coherence")):
-                axis.plot([line["step"] for line in lines], [line[name] for line in lines], f"C{i % 10}")
-                axis.set(title=name, xlabel="RL step")
-    figure.savefig(file)
+            print(f"  {r['text']:<20} reference: {r['answer']} ({'right' if r['accuracy'] else 'wrong'})\n")
 
 
 FLAGS = {  # default, or choices of which it is the first; help
@@ -193,8 +164,7 @@ FLAGS = {  # default, or choices of which it is the first; help
     "dtype": (("auto", "float32", "bfloat16"), "auto: bfloat16 on a GPU"),
     "compile": (("auto", "yes", "no"), "auto: on a GPU"),
     "json": ("", "file for configurations and figures"),
-    "baseline": ("", "run whose row others are compared with (the first)"),
-    "plot": ("", "file for a picture of the runs")}
+    "baseline": ("", "run whose row others are compared with (the first)")}
 
 
 def main(argv=None):
@@ -211,10 +181,8 @@ def main(argv=None):
         least = int(name in ("batch_size", "max_tokens"))
         if type(value) in (int, float) and not least <= value < 2**32:
             raise ValueError(f"--{name} {value}: must be from {least} to 2^32 - 1")
-    if args.plot:  # what cannot be written fails now, not after the work
-        plot(args.plot, {})
     if args.json:
-        open(args.json, "a").close()
+        open(args.json, "a").close()  # what cannot be written fails now, not after the work
     data = {name: load(name, args.split, args.data_dir)[:args.limit or None] for name in args.data}
     rows = gather(args.compare or [find_checkpoint(args.ckpt)])
     records = [r for seeds in rows.values() for r in seeds.values()]
@@ -231,8 +199,6 @@ def main(argv=None):
     else:
         sets = {**run, "mean": over_sets(run)} if len(run) > 1 else run
         print(table([(name, {"accuracy %": figures}) for name, figures in sets.items()], names))
-    if args.plot:
-        plot(args.plot, rows)
     if args.json:
         write_json(args.json, records if args.compare else records[0])
 

@@ -1,15 +1,14 @@
 """LLaMA in one file: RMSNorm, rotary positions (plain and Llama-3 scaled), grouped-query attention, SwiGLU.
 
-It reads and writes Hugging Face checkpoints (config.json + safetensors, whole or sharded). The one thing that
-differs from other small LLaMAs is the cache. Latent reasoning reads a question in one wide pass. It then goes
-on one position at a time, with gradients, and in reinforcement learning with several continuations of one
-question. So keys and values lie in two segments:
+It reads and writes Hugging Face checkpoints. Only the cache differs from other small LLaMAs. Latent
+reasoning reads a question in one wide pass. It then goes on one position at a time, with gradients, and in
+reinforcement learning with several continuations of one question. So keys and values lie in two segments:
 
     prefix   (Q, KV, S, D)      the question, right-padded, computed once, shared by a group of G rows
     tail     (Q, KV, G, N, D)   what came since; row b of the batch is (b // G, b % G)
 
-The tail has all its N columns from the start. A mask says which of them count in which row. Every latent is
-then the same computation on the same shapes, so one compiled block serves all of them.
+The tail has all its N columns from the start, and a mask says which of them count in which row. So every
+latent is the same computation on the same shapes, and one compiled block serves all of them.
 """
 
 import json
@@ -18,8 +17,8 @@ import os
 import re
 import sys
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
-from reprlib import repr as short
 
 import torch
 import torch.nn as nn
@@ -28,10 +27,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-         "num_key_value_heads", "head_dim", "max_position_embeddings")
-COMPILED = "_orig_mod."  # prefix of the names that a compiled model was saved with
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+SUPPORTED = {  # values of config.json that this code can run; a missing key means the first
+    "model_type": ("llama",), "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,),
+    "quantization_config": (None,), "rope_type": ("default", "llama3"), "partial_rotary_factor": (1.0,),
+    "tie_word_embeddings": (False, True),
+}
 
 
 @dataclass
@@ -54,61 +55,39 @@ class LLaMAConfig:
     eos_token_id: int | list | None = None
 
     def __post_init__(self):
-        numbers = {name: getattr(self, name) for name in (*SIZES, "rms_norm_eps", "rope_theta")}
-        if self.rope_scaling is not None:
-            numbers |= {name: self.rope_scaling.get(name) for name in LLAMA3_ROPE}
-        for name, value in numbers.items():
-            kinds, most = ((int,), 2**24) if name in SIZES else ((int, float), 1e38)
-            if type(value) not in kinds or not 0 < value <= most:
-                raise ValueError(f"{name} must be a positive number up to {most}, not {short(value)}")
-        if self.rope_scaling and numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
-            raise ValueError("rope_scaling needs low_freq_factor < high_freq_factor")
+        numbers = {f.name: (f.type, getattr(self, f.name)) for f in fields(self) if f.type in (int, float)}
+        if self.rope_scaling:
+            numbers |= {key: (float, self.rope_scaling.get(key)) for key in LLAMA3_ROPE}
+        for name, (kind, value) in numbers.items():
+            most = 2**24 if kind is int else 1e38
+            if type(value) not in (int, kind) or not 0 < value <= most:
+                raise ValueError(f"{name} must be a positive {kind.__name__} up to {most}, not {value!r}")
         self.rms_norm_eps, self.rope_theta = float(self.rms_norm_eps), float(self.rope_theta)
-        if type(self.tie_word_embeddings) is not bool:
-            tied = short(self.tie_word_embeddings)
-            raise ValueError(f"tie_word_embeddings must be true or false, not {tied}")
-        for name in ("bos_token_id", "eos_token_id"):
-            ids = getattr(self, name)
-            ids = ids if type(ids) is list and name == "eos_token_id" else [] if ids is None else [ids]
-            if any(type(i) is not int or abs(i) > 2**31 for i in ids):
-                raise ValueError(f"{name} must be an integer, not {short(ids)}")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
-        if self.head_dim % 2:
-            raise ValueError("head_dim must be even: rotary embedding turns pairs of dimensions")
+        rope = self.rope_scaling
+        if rope and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+            raise ValueError("rope_scaling needs low_freq_factor < high_freq_factor")
+        if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
+            raise ValueError("num_attention_heads must be a multiple of num_key_value_heads, head_dim even")
+        ends = self.eos_token_id if isinstance(self.eos_token_id, list) else []
+        if not all(type(i) is int and abs(i) < 2**31 for i in ends):
+            raise ValueError(f"eos_token_id must be integers, not {ends!r}")
 
     @classmethod
     def from_dict(cls, raw):
-        """From the contents of a config.json. ValueError names what this architecture has not."""
-        if not isinstance(raw, dict):
-            raise ValueError("it is not a JSON object")
-        raw = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, **raw}  # LlamaConfig's own defaults
-        for key in ("rope_parameters", "rope_scaling"):
-            if not isinstance(raw.get(key), (dict, type(None))):
-                raise ValueError(f"{key} must be an object, not {short(raw[key])}")
+        """From a config.json of transformers 4 or 5. ValueError or TypeError says what does not fit."""
+        defaults = {"rms_norm_eps": 1e-6, **{key: values[0] for key, values in SUPPORTED.items()}}
+        raw = {**defaults, **raw}
         # transformers 5 writes rope_parameters, published checkpoints have rope_theta and rope_scaling
-        rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
-        kind = rope.setdefault("rope_type", rope.get("type", "default"))
-        raw |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
-        raw["rope_scaling"] = rope if kind == "llama3" else None
-        if kind not in ("default", "llama3"):
-            raise ValueError(f"rope_type {short(kind)} is not supported (only 'default' and 'llama3')")
-        if "model_type" not in raw:
-            raise ValueError("key 'model_type' is missing")
-        for key, only in (("model_type", "llama"), ("hidden_act", "silu"), ("attention_bias", False),
-                          ("mlp_bias", False), ("quantization_config", None), ("partial_rotary_factor", 1.0)):
-            if raw.get(key, only) != only:
-                raise ValueError(f"{key} {short(raw[key])} is not supported (only {only!r})")
-        heads, width = raw.get("num_attention_heads"), raw.get("hidden_size")
+        rope = {**(raw.get("rope_scaling") or raw.get("rope_parameters") or {})}
+        rope.setdefault("rope_type", rope.get("type", "default"))
+        raw |= {**rope, "rope_scaling": rope if rope["rope_type"] == "llama3" else None}
+        for key, values in SUPPORTED.items():
+            if raw[key] not in values:
+                raise ValueError(f"{key} {raw[key]!r} is not supported (only {', '.join(map(repr, values))})")
         if raw.get("num_key_value_heads") is None:
-            raw["num_key_value_heads"] = heads
-        if raw.get("head_dim") is None and type(heads) is type(width) is int and heads > 0:
-            if width % heads:
-                raise ValueError("hidden_size is no multiple of num_attention_heads, and head_dim is missing")
-            raw["head_dim"] = width // heads
-        missing = [name for name in SIZES[:7] if name not in raw]
-        if missing:
-            raise ValueError(f"key {missing[0]!r} is missing")
+            raw["num_key_value_heads"] = raw["num_attention_heads"]
+        if raw.get("head_dim") is None:
+            raw["head_dim"] = raw["hidden_size"] // raw["num_attention_heads"]
         return cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
 
     def to_dict(self):
@@ -118,11 +97,8 @@ class LLaMAConfig:
 
 
 def rope_frequencies(config):
-    """Rotation per position of each pair of dimensions, float32 (head_dim / 2,).
-
-    Llama-3 scaling, as in Meta's llama-models: wavelengths longer than the original context / low_freq_factor
-    are stretched by `factor`, those shorter than context / high_freq_factor are kept, those between are
-    interpolated."""
+    """Rotation per position of each pair of dimensions, float32 (head_dim / 2,). Llama-3 scaling is Meta's:
+    slow rotations are stretched by `factor`, fast ones kept, those between interpolated."""
     freq = config.rope_theta ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)
     if config.rope_scaling is None:
         return freq
@@ -143,11 +119,23 @@ def first(counts, width):
     return torch.arange(width, device=counts.device) < counts[:, None]
 
 
+def product_dtype(x):
+    """The dtype of matrix products with x: autocast's where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def bias_of(mask, dtype):
+    """What is added to attention's scores: 0 where the mask is set, -inf elsewhere."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -math.inf)
+
+
 class KVCache:
-    """Keys and values of a prefix and of the tail since. See the top of this file."""
+    """Keys and values of a prefix and of the tail since (see the top of this file).
+
+    size: columns of the tail, N. group: rows of the batch that continue each row of the prefix, G."""
 
     def __init__(self, size, group=1):
-        """size: columns of the tail, N. group: rows of the batch that continue each row of the prefix, G."""
         self.size, self.group = size, group
         self.prefix = None         # per layer: k, v (Q, KV, S, D)
         self.tail = None           # per layer: k, v (Q, KV, G, N, D)
@@ -158,23 +146,23 @@ class KVCache:
         self.weights = None        # per layer: Block.weights, cast once and not at every position
 
     def start(self, kv, valid, dtype):
-        """Keep the keys and values of the first pass, with `valid` (Q, S) what is no padding, and an empty
-        tail."""
-        self.prefix = [tuple(t.contiguous() for t in layer) for layer in kv]
-        Q, KV, _, D = self.prefix[0][0].shape
-        # a tail needs a gradient from the start, as it will later: else its first latent is a graph of its
-        # own
-        k, shape = kv[0][0], (Q, KV, self.group, self.size, D)
-        empty = lambda: k.new_zeros(shape, requires_grad=k.requires_grad)
+        """Keep kv of the first pass and make an empty tail. `valid` (Q, S) marks what is no padding."""
+        self.prefix = [(k.contiguous(), v.contiguous()) for k, v in kv]
+        k = kv[0][0]
+        Q, KV, _, D = k.shape
+
+        def empty():  # it needs a gradient as later tails do: else the first latent has a graph of its own
+            return k.new_zeros((Q, KV, self.group, self.size, D), requires_grad=k.requires_grad)
+
         shared = empty(), empty()
-        # without gradients columns are written in place, so that every layer needs a tail of its own
+        # without gradients columns are written in place, so every layer needs a tail of its own
         self.tail = [shared if torch.is_grad_enabled() else (empty(), empty()) for _ in kv]
         self.prefix_bias = bias_of(valid, dtype)[:, None, None, None, None]
         self.counts = valid.new_zeros(Q * self.group, self.size)
         self.next_position = valid.sum(dim=1).repeat_interleave(self.group)
 
     def extend(self, valid, dtype):
-        """T new columns, which count where `valid` (B, T) is set. Returns their positions (B, T), their
+        """Add T columns, which count where `valid` (B, T) is set. Returns their positions (B, T), their
         places in the tail (T,) and the bias of attention (Q, 1, G, 1, T, S + N)."""
         (B, T), G, S = valid.shape, self.group, self.prefix_bias.shape[-1]
         columns = torch.arange(self.filled, self.filled + T, device=valid.device)
@@ -188,24 +176,13 @@ class KVCache:
         return positions, columns, torch.cat((to_prefix, to_tail), dim=-1)
 
 
-def product_dtype(x):
-    """The dtype of matrix products with x: autocast's where it is on."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-def bias_of(mask, dtype):
-    """0 where the mask is set, -inf elsewhere: what is added to attention's scores."""
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -math.inf)
-
-
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.head_dim = config.head_dim
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.sizes = [n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)]
-        self.qkv_proj = nn.Linear(config.hidden_size, sum(self.sizes), bias=False)  # queries, keys, values
+        self.head_dim = config.head_dim
+        rows = (self.heads + 2 * self.kv_heads) * self.head_dim  # queries, keys, values
+        self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
     def forward(self, x, rope, qkv_weight, o_weight, past=None):
@@ -224,9 +201,8 @@ class Attention(nn.Module):
         return F.linear(y.flatten(2), o_weight), kv
 
     def attend_to_both(self, q, k, v, prefix_k, prefix_v, tail_k, tail_v, columns, bias):
-        """Write T columns into the tail, then attend to prefix and tail. Letters: q question, k key-value
-        head, g row of the group, r query head of k, t query, s column of the prefix, n of the tail, d
-        dimension."""
+        """Write T columns into the tail, then attend to prefix and tail. Letters: q question, g row of its
+        group, t query, k key-value head, r its query head, s column of the prefix, n of the tail."""
         (Q, KV, G, N, D), T = tail_k.shape, q.shape[1]
         k, v = (t.unflatten(0, (Q, G)).permute(0, 3, 1, 2, 4) for t in (k, v))     # (Q, KV, G, T, D)
         # autograd needs every version of the tail
@@ -247,8 +223,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.sizes = [config.intermediate_size] * 2
-        self.gate_up_proj = nn.Linear(config.hidden_size, sum(self.sizes), bias=False)
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x, gate_up_weight, down_weight):
@@ -278,9 +253,7 @@ class Block(nn.Module):
 
 
 class LLaMA(nn.Module):
-    """`LLaMA(config)` from nothing, `LLaMA.from_pretrained(dir)` from a Hugging Face checkpoint.
-
-    model(tokens) with tokens (B, T) gives logits (B, T, vocab)."""
+    """`LLaMA(config)` has random weights, `LLaMA.from_pretrained(dir)` those of a Hugging Face checkpoint."""
 
     def __init__(self, config):
         super().__init__()
@@ -291,8 +264,7 @@ class LLaMA(nn.Module):
         self.lm_head = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # no buffer: model.bfloat16() must not round it, and no state_dict holds it
-        self.inv_freq = rope_frequencies(config)
+        self.inv_freq = rope_frequencies(config)  # no buffer: model.bfloat16() must not round it
         self.run_block = Block.forward  # compile_blocks puts a compiled one in its place
         self.activation_checkpointing = False
         std = config.hidden_size ** -0.5  # about the usual 0.02 at d = 2048; a small model needs its own
@@ -302,19 +274,18 @@ class LLaMA(nn.Module):
                 nn.init.normal_(p, std=std / math.sqrt(2 * config.num_hidden_layers) if branch else std)
 
     def compile_blocks(self, backend="inductor"):
-        """torch.compile of the block. All layers share its graphs: one for each kind of pass (wide or over
-        a tail, with gradients or without), with sizes left open."""
+        """All layers share the graphs of one compiled block: one graph for each kind of pass (wide or over a
+        tail, with gradients or without), with sizes left open."""
         torch._dynamo.config.recompile_limit = 64  # there are more kinds of passes than the usual 8
         torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal once need not stay so
         self.run_block = torch.compile(Block.forward, dynamic=True, backend=backend)
 
     def forward(self, tokens=None, embeds=None, cache=None, valid=None):
-        """Logits (B, T, vocab)."""
+        """Logits (B, T, vocab) of what `hidden` takes."""
         return self.logits(self.hidden(tokens, embeds, cache, valid))
 
     def output_weight(self):
-        """(vocab, d), with zero rows up to a multiple of 64: a GPU's kernels are slow on an odd
-        vocabulary."""
+        """(vocab, d) and zero rows up to a multiple of 64: a GPU's kernels are slow on an odd vocabulary."""
         weight = (self.lm_head or self.embed_tokens).weight
         odd = -len(weight) % 64
         return F.pad(weight, (0, 0, 0, odd)) if odd else weight
@@ -325,12 +296,12 @@ class LLaMA(nn.Module):
     def hidden(self, tokens=None, embeds=None, cache=None, valid=None):
         """Last hidden states after the final norm (B, T, d), of token ids (B, T) or embeddings (B, T, d).
 
-        Without `cache`, or on a new one: one causal pass at positions 0..T-1; `valid` (B, T) marks what is
-        no right-padding, which no valid position can see. Later passes on the same cache add T columns to
-        the tail; `valid` says in which rows each column counts. Default: all."""
-        # a copy, since torch.compile guards on what a view is a view of
-        layout = torch.contiguous_format
-        x = self.embed_tokens(tokens) if embeds is None else embeds.clone(memory_format=layout)
+        Without `cache`, or on a new one, this is a causal pass at positions 0..T-1, and `valid` (B, T) marks
+        what is no right-padding. Later passes add T columns to the tail, which count where `valid` is set."""
+        if embeds is None:
+            x = self.embed_tokens(tokens)
+        else:  # a copy, since torch.compile guards on what a view is a view of
+            x = embeds.clone(memory_format=torch.contiguous_format)
         B, T, _ = x.shape
         if valid is None:
             valid = torch.ones(B, T, dtype=torch.bool, device=x.device)
@@ -342,14 +313,12 @@ class LLaMA(nn.Module):
         else:
             positions, columns, bias = cache.extend(valid, x.dtype)
             past = [(*prefix, *tail, columns, bias) for prefix, tail in zip(cache.prefix, cache.tail)]
-        rope, kv = self.rope(positions, x), []
+        run, rope, kv = self.run_block, self.rope(positions, x), []
         # a wide pass keeps much for backward and is cheap to repeat; of single positions the reverse is true
-        repeat = self.activation_checkpointing and T > 1 and torch.is_grad_enabled()
+        if self.activation_checkpointing and T > 1 and torch.is_grad_enabled():
+            run = partial(checkpoint, run, use_reentrant=False)
         for layer, weights, seen in zip(self.layers, cache.weights, past):
-            if repeat:
-                x, layer_kv = checkpoint(self.run_block, layer, x, rope, weights, seen, use_reentrant=False)
-            else:
-                x, layer_kv = self.run_block(layer, x, rope, weights, seen)
+            x, layer_kv = run(layer, x, rope, weights, seen)
             kv.append(layer_kv)
         if not starts:
             cache.tail = kv
@@ -359,16 +328,14 @@ class LLaMA(nn.Module):
 
     def rope(self, positions, x):
         """Cosines and sines of positions (B, T), each (B, T, 1, D), in x's dtype and on its device."""
-        if self.inv_freq.device != x.device:
-            self.inv_freq = self.inv_freq.to(x.device)
-        angles = positions[..., None, None].float() * self.inv_freq
-        angles = torch.cat((angles, angles), dim=-1)
+        self.inv_freq = self.inv_freq.to(x.device)
+        angles = positions[..., None, None].float() * self.inv_freq.repeat(2)
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
     @torch.no_grad()
     def add_tokens(self, ids, like=None):
-        """Rows `ids` become copies of row `like`, or of the mean row. The vocabulary grows where they lie
-        beyond."""
+        """Rows `ids`, old or new, become copies of row `like` or of the mean row. The vocabulary grows to
+        hold them."""
         size = max(self.config.vocab_size, *(i + 1 for i in ids))
         for module in filter(None, (self.embed_tokens, self.lm_head)):
             w = module.weight
@@ -376,57 +343,53 @@ class LLaMA(nn.Module):
             grown = torch.cat((w, row.expand(size - len(w), -1)))
             grown[ids] = row
             module.weight = nn.Parameter(grown)
-        self.embed_tokens.num_embeddings = self.config.vocab_size = size
-        if self.lm_head is not None:
-            self.lm_head.out_features = size
-
-    # --- checkpoints: Hugging Face's layout and names ---
+        self.config.vocab_size = size
 
     def disk_parts(self):
-        """{name in a Hugging Face file: tensor}, without gradient. What is one matrix here is several
-        there."""
-        split = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+        """{name in a Hugging Face file: tensor}. What is one matrix here is several there."""
+        c, wide = self.config, self.config.intermediate_size
+        q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        split = {"qkv_proj": {"q_proj": q, "k_proj": kv, "v_proj": kv},
+                 "gate_up_proj": {"gate_proj": wide, "up_proj": wide}}
         parts = {}
         for name, p in self.named_parameters():
-            owner, _, leaf = name.removesuffix(".weight").rpartition(".")
-            prefix = "" if leaf == "lm_head" else f"model.{owner}." if owner else "model."
-            sizes = self.get_submodule(owner).sizes if leaf in split else len(p)
-            for part, rows in zip(split.get(leaf, [leaf]), p.detach().split(sizes)):
-                parts[f"{prefix}{part}.weight"] = rows
+            owner = name.split(".")[-2]
+            rows = split.get(owner, {owner: len(p)})
+            prefix = "" if owner == "lm_head" else "model."
+            for part, tensor in zip(rows, p.detach().split(list(rows.values()))):
+                parts[prefix + name.replace(owner, part)] = tensor
         return parts
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
-        """Read config.json and model.safetensors (or the shards of model.safetensors.index.json).
-
-        Peak memory is the model in `dtype` and a part of a tensor. FileNotFoundError: a file is missing.
-        ValueError names file and key where it is not a LLaMA that this code can run."""
+        """Read a folder's config.json and model.safetensors, whole or sharded. Peak memory is the model in
+        `dtype` and a part of a tensor. ValueError and FileNotFoundError name the file."""
         path = Path(path)
-        raw, found = read_json(path / "config.json"), tensor_files(path)
+        file, raw, found = path / "config.json", read_json(path / "config.json"), tensor_files(path)
         try:
             config = LLaMAConfig.from_dict(raw)
             if config.num_hidden_layers > len(found):  # or millions of modules would be built
                 raise ValueError("num_hidden_layers is more than there are tensors")
             with torch.device("meta"):
                 model = cls(config)
-        except (ValueError, TypeError, RuntimeError, OverflowError) as e:
-            raise ValueError(f"{path / 'config.json'}: {one_line(e)}") from None
-        model.inv_freq = rope_frequencies(config)  # the one tensor that is no parameter
+        except (ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as e:
+            raise ValueError(f"{file}: {one_line(e)}") from None
         wanted = model.disk_parts()
-        if config.tie_word_embeddings and "lm_head.weight" in found:  # a tied file may hold its table twice
+        twice = config.tie_word_embeddings and "lm_head.weight" in found
+        if twice:
             wanted["lm_head.weight"] = wanted["model.embed_tokens.weight"]
         check_tensors(found, wanted, path)
         model = model.to(dtype).to_empty(device=device)
+        model.inv_freq = rope_frequencies(config)  # the one tensor that is no parameter
         for name, out in model.disk_parts().items():
             for rows, part in read_tensor(*found[name]):
                 out[rows] = part
-        if "lm_head.weight" in wanted and model.lm_head is None:
-            table = model.embed_tokens.weight
-            for rows, part in read_tensor(*found["lm_head.weight"]):
-                if not torch.equal(table[rows], part.to(table)):
-                    file = found["lm_head.weight"][0]
-                    raise ValueError(f"{file}: lm_head.weight is not model.embed_tokens.weight, though "
-                                     "config.json ties them (set tie_word_embeddings to false)")
+        table = model.embed_tokens.weight
+        for rows, part in read_tensor(*found["lm_head.weight"]) if twice else ():
+            if not torch.equal(table[rows], part.to(table)):
+                file = found["lm_head.weight"][0]
+                raise ValueError(f"{file}: lm_head.weight is not embed_tokens.weight, though config.json "
+                                 "ties them (set tie_word_embeddings to false)")
         return model
 
     def save_pretrained(self, path):
@@ -439,18 +402,18 @@ class LLaMA(nn.Module):
 
 # --- files ---
 
-def one_line(error):
-    """What an error says, printable and short: it may quote a hostile file."""
-    return str(error).encode("unicode_escape").decode()[:300]
+def one_line(text):
+    """Printable and short, since it may quote a hostile file."""
+    return str(text).encode("unicode_escape").decode()[:300]
 
 
 def read_json(file):
     """The contents of a JSON file. ValueError and FileNotFoundError name it."""
     try:
         return json.loads(Path(file).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"{file}: no such file") from None
-    except (ValueError, RecursionError, IsADirectoryError) as e:
+    except NotADirectoryError as e:
+        raise FileNotFoundError(str(e)) from None
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{file}: not valid JSON ({one_line(e)})") from None
 
 
@@ -472,43 +435,35 @@ def save_tensors(tensors, file):
 
 
 def tensor_files(path):
-    """{tensor name: (file, name there, shape, dtype name)} of a folder's model.safetensors or of its
-    shards."""
+    """tensor_headers of a folder's model.safetensors or, without one, of its shards."""
     whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if whole.exists():
-        if index.exists():
-            print(f"note: {whole} is read, not the shards of {index.name}", file=sys.stderr)
-        return tensor_headers(whole)
-    if not index.exists():
-        raise FileNotFoundError(f"{path}: neither model.safetensors nor {index.name} is there")
-    raw = read_json(index)
-    shard_of = raw.get("weight_map") if isinstance(raw, dict) else None
-    if not isinstance(shard_of, dict) or not all(isinstance(s, str) for s in shard_of.values()):
-        raise ValueError(f"{index}: key 'weight_map' must map tensor names to file names")
+    shards = [whole.name]
+    if whole.exists() and index.exists():
+        print(f"note: {whole} is read, not the shards of {index.name}", file=sys.stderr)
+    elif index.exists():
+        raw = read_json(index)
+        try:
+            shards = sorted(set(raw["weight_map"].values()))
+            plain = all(re.fullmatch(r"[\w-][\w.-]{0,200}", name) for name in shards)  # not out of path
+        except (TypeError, KeyError, AttributeError):
+            plain = False
+        if not plain:
+            raise ValueError(f"{index}: weight_map must map tensor names to names of files in this folder")
     found = {}
-    for shard in sorted(set(shard_of.values())):
-        # the name comes from a file: it must not lead out of the folder
-        if not re.fullmatch(r"[\w-][\w.-]{0,200}", shard):
-            raise ValueError(f"{index}: shard name {short(shard)} is not a plain file name in this folder")
-        headers = tensor_headers(path / shard)
-        for name in (n for n in shard_of if shard_of[n] == shard):
-            plain = name.removeprefix(COMPILED)
-            if plain not in headers:
-                raise ValueError(f"{path / shard}: tensor {one_line(name)} is not in it, though {index.name} "
-                                 "says so")
-            found[plain] = headers[plain]
+    for shard in shards:
+        found |= tensor_headers(path / shard)
     return found
 
 
 def tensor_headers(file):
-    """Likewise, of one file. ValueError where it is no safetensors file."""
+    """{tensor name: (file, name there, shape, dtype name)} of a safetensors file."""
     try:
         with safe_open(file, framework="pt") as f:
             parts = {name: f.get_slice(name) for name in f.keys()}
-            return {name.removeprefix(COMPILED): (file, name, tuple(part.get_shape()), part.get_dtype())
-                    for name, part in parts.items()}
+            return {name.removeprefix("_orig_mod."): (file, name, tuple(part.get_shape()), part.get_dtype())
+                    for name, part in parts.items()}  # a compiled model was saved with this prefix
     except FileNotFoundError:
-        raise FileNotFoundError(f"{file}: no such file") from None
+        raise
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{file}: not a readable safetensors file ({one_line(e)})") from None
 
@@ -520,19 +475,18 @@ def check_tensors(found, wanted, path):
             raise ValueError(f"{path}: tensor {name} is missing")
         file, _, shape, dtype = found[name]
         if shape != tuple(p.shape) or dtype not in ("F64", "F32", "F16", "BF16"):
-            raise ValueError(f"{file}: tensor {name} is {dtype} {short(shape)}, not floats {tuple(p.shape)}")
-    # old checkpoints hold rotary tables
-    spare = [n for n in found.keys() - wanted.keys() if "rotary_emb" not in n]
-    if spare:
-        name = min(spare)
-        raise ValueError(f"{found[name][0]}: tensor {one_line(name)} is not part of this architecture")
+            is_now = one_line(f"{dtype} {shape}")
+            raise ValueError(f"{file}: tensor {name} is {is_now}, not floats {tuple(p.shape)}")
+    for name in found.keys() - wanted.keys():
+        if "rotary_emb" not in name:  # old checkpoints hold rotary tables
+            raise ValueError(f"{found[name][0]}: tensor {one_line(name)} is not part of this architecture")
 
 
 def read_tensor(file, name, shape, dtype):
     """Parts of a tensor, as (rows of it, their numbers). The file is opened anew for each part: its pages
     count as the process's memory for as long as it is open."""
-    rows = max(1, 2**24 // max(1, math.prod(shape[1:])))
-    for start in range(0, shape[0], rows):
-        part = slice(start, start + rows)
+    step = 2**24 // shape[-1] + 1
+    for start in range(0, shape[0], step):
+        rows = slice(start, start + step)
         with safe_open(file, framework="pt") as f:
-            yield part, f.get_slice(name)[part]
+            yield rows, f.get_slice(name)[rows]

@@ -3,19 +3,16 @@
     question  <|start-latent|>  z z | z z | z z  <|end-latent|>  ### answer  <eos>
                                 step1 step2 step3
 
-The policy's own reasoning pass is the encoder: from the hidden state before it, each latent is drawn
-from N(mu, sigma^2) and fed back as the next input embedding. The decoder, a second LLaMA, reads the
-latents of one step and writes that step in words. The stop head looks at the first latent of a step.
-SIM-CoT, Coconut, CoT and No-CoT are the same code with parts switched off (METHODS below).
-
-One loop, `LatentReasoner.think`, serves training (with gradients through the whole chain) and rollouts.
+The policy's own reasoning pass is the encoder: from the hidden state before it, each latent is drawn from
+N(mu, sigma^2) and fed back as the next input embedding. The decoder, a second LLaMA, reads the latents of one
+step and writes that step in words. The stop head looks at the first latent of a step. One loop,
+`LatentReasoner.think`, serves training (with gradients through the whole chain) and rollouts.
 """
 
 import copy
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from reprlib import repr as short
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +22,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
-from model import (KVCache, LLaMA, check_tensors, first, product_dtype, read_json, save_tensors,
+from model import (KVCache, LLaMA, check_tensors, first, one_line, product_dtype, read_json, save_tensors,
                    tensor_headers, write_json)
 
 METHODS = {  # paper, section 4: the baselines are parts switched off
@@ -56,22 +53,19 @@ class LatentConfig:
     vocab_size: int  # ids that the tokenizer has: the weights may have more rows, which are never sampled
 
     def __post_init__(self):
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if type(value) is not f.type:
-                raise ValueError(f"{f.name} must be of type {f.type.__name__}, not {short(value)}")
-        if self.method not in METHODS:
-            raise ValueError(f"method {short(self.method)} is not one of {', '.join(METHODS)}")
-        if self.thoughts_per_step < 1 or self.max_steps < 1:
-            raise ValueError("thoughts_per_step and max_steps must be at least 1")
+        for name, kind in self.__annotations__.items():
+            if type(getattr(self, name)) is not kind:
+                raise ValueError(f"{name} must be of type {kind.__name__}")
+        if self.method not in METHODS or min(self.thoughts_per_step, self.max_steps) < 1:
+            raise ValueError("it has no known method, or thoughts_per_step or max_steps below 1")
+        if not all(0 <= i < self.vocab_size for i in (self.start_id, self.end_id, self.eos_id)):
+            raise ValueError("a token id is outside the vocabulary")
         if self.vae > self.head or max(self.head, self.stop, self.decode) > self.latent:
-            raise ValueError("vae needs head; head, stop and decode need latent")
+            raise ValueError(f"--vae, --stop or --decode yes does not go with --method {self.method}")
 
     def latent_steps(self, example, stage):
         """How many steps of `example` are latent at curriculum stage `stage` (paper, section 3)."""
-        if not self.latent:
-            return 0
-        n = min(stage, self.max_steps)
+        n = min(stage, self.max_steps) if self.latent else 0
         return min(n, len(example.steps)) if self.stop else n
 
 
@@ -117,8 +111,7 @@ def pad(rows, value=0):
     """Lists of ids -> a right-padded int64 tensor (B, T), and the bool mask of what is no padding."""
     width = max([1, *map(len, rows)])
     ids = torch.tensor([row + [value] * (width - len(row)) for row in rows], dtype=torch.long)
-    lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
-    return ids.view(-1, width), first(lengths, width)
+    return ids.view(-1, width), first(torch.tensor([len(row) for row in rows], dtype=torch.long), width)
 
 
 def generator(*ids):
@@ -131,22 +124,20 @@ def device_of(name):
     """The device that --device names: auto, cpu or cuda. ValueError where there is no GPU."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this torch sees no GPU")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
+    gpu = name != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
 
 
 def moved(record, device):
-    """A dataclass with its tensors on `device`."""
-    values = {f.name: getattr(record, f.name) for f in fields(record)}
-    return type(record)(**{k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v
-                           for k, v in values.items()})
+    """A NamedTuple with its tensors on `device`. A copy from pinned memory does not make the CPU wait."""
+    pin = device.type == "cuda"
+    return record._make(v if not torch.is_tensor(v) else v.pin_memory().to(device, non_blocking=True) if pin
+                        else v.to(device) for v in record)
 
 
 # --- batches of the supervised stage ---
 
-@dataclass
-class Batch:
+class Batch(NamedTuple):
     """One micro-batch. Losses are weighed as parts of the global batch's mean, so that they and their
     gradients add up. All places are found here, on the CPU: a GPU is never asked for them."""
 
@@ -170,8 +161,8 @@ class Batch:
 
 
 def remaining_text(example, config, stage):
-    """Token ids after the latents: the steps that are still text, and the answer."""
-    # where all allowed steps are latent, the last one stands for all the rest
+    """Token ids after the latents: the steps that are still text, and the answer. Where all allowed steps are
+    latent, the last one stands for all the rest."""
     done = config.method == "nocot" or (config.latent and stage >= config.max_steps)
     steps = [] if done else example.steps[config.latent_steps(example, stage):]
     return sum(steps, []) + example.answer
@@ -189,15 +180,13 @@ def collate(examples, config, stage, noise=None, total_examples=None, total_toke
     total_*: of the global batch of which this is a part. Default: it is the whole."""
     steps = [config.latent_steps(e, stage) for e in examples]
     rest = [remaining_text(e, config, stage) for e in examples]
-    N = max(steps)
+    N, skip = max(steps), [0] * len(examples)
     if N:
         prefix, prefix_valid = pad([e.question + [config.start_id] for e in examples])
         text, text_valid = pad([[config.end_id] + r[:-1] for r in rest])
-        skip = [0] * len(examples)
     else:  # the last token of the question predicts the first of the text
         prefix, prefix_valid = pad([e.question + r[:-1] for e, r in zip(examples, rest)])
-        text, text_valid = prefix, prefix_valid
-        skip = [len(e.question) - 1 for e in examples]
+        text, text_valid, skip = prefix, prefix_valid, [len(e.question) - 1 for e in examples]
     answer = sum(rest, [])
     answer_at = [b * text.shape[1] + skip[b] + i for b, r in enumerate(rest) for i in range(len(r))]
     # a stop is asked for after the last step of an example, if the plan has room for another
@@ -218,10 +207,9 @@ def collate(examples, config, stage, noise=None, total_examples=None, total_toke
 
 # --- rollouts ---
 
-@dataclass
-class Noise:
-    """All randomness of a set of rollouts. It is drawn on the CPU for the global batch and cut by rows, so
-    that samples depend neither on the number of processes nor on how the batch is split."""
+class Noise(NamedTuple):
+    """All randomness of a set of rollouts, drawn on the CPU for the global batch and then cut by rows:
+    samples depend neither on the number of processes nor on how the batch is split."""
 
     latent: torch.Tensor  # (B, K, c, d) standard normal
     stop: torch.Tensor    # (B, K) uniform
@@ -232,13 +220,6 @@ class Noise:
         K, c = (config.max_steps, config.thoughts_per_step) if config.latent else (0, 0)
         return cls(torch.randn(rows, K, c, d, generator=generator), torch.rand(rows, K, generator=generator),
                    torch.rand(rows, max_tokens, generator=generator))
-
-    @classmethod
-    def cat(cls, noises):
-        return cls(*(torch.cat([getattr(n, f.name) for n in noises]) for f in fields(cls)))
-
-    def __getitem__(self, rows):
-        return Noise(self.latent[rows], self.stop[rows], self.answer[rows])
 
 
 class Plan(NamedTuple):
@@ -253,14 +234,13 @@ class Plan(NamedTuple):
     stop_z: torch.Tensor | None       # (B, d) the dropped latent at which the row stopped
 
 
-@dataclass
-class Rollout:
+class Rollout(NamedTuple):
     """Questions, each answered by `group` rows. Row b answers question b // group."""
 
     prefix: torch.Tensor         # (Q, S)
     prefix_valid: torch.Tensor   # (Q, S) bool
     group: int
-    z: torch.Tensor              # (B, N, c, d), steps (B,), stopped (B,), stop_z (B, d): see Plan
+    z: torch.Tensor              # (B, N, c, d); z, steps, stopped, stop_z: see Plan
     steps: torch.Tensor
     stopped: torch.Tensor
     stop_z: torch.Tensor | None
@@ -271,14 +251,11 @@ class Rollout:
 
     def part(self, questions, members):
         """The rollouts of some members (list) of the groups of some questions (list)."""
-        device = self.tokens.device
-        rows = torch.tensor([q * self.group + g for q in questions for g in members], device=device)
-        questions = torch.tensor(questions, device=device)
-        cut = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name, v in cut.items():
-            if torch.is_tensor(v):
-                cut[name] = v[questions if name.startswith("prefix") else rows]
-        return Rollout(**{**cut, "group": len(members)})
+        questions = torch.tensor(questions)
+        rows = (questions[:, None] * self.group + torch.tensor(members)).flatten().to(self.tokens.device)
+        at = {"prefix": questions.to(rows.device), "prefix_valid": questions.to(rows.device)}
+        cut = {name: v[at.get(name, rows)] for name, v in self._asdict().items() if torch.is_tensor(v)}
+        return self._replace(**cut, group=len(members))
 
 
 def sample(logits, uniform=None, temperature=1.0):
@@ -291,9 +268,8 @@ def sample(logits, uniform=None, temperature=1.0):
 
 
 def generate(model, h, cache, vocab_size, ends, max_tokens, uniform=None, temperature=1.0):
-    """Continue every row of a batch from its last hidden state h (B, d) until one of the ids `ends` or
-    max_tokens. With uniform (B, max_tokens) tokens are sampled. Returns tokens (B, A) and lengths (B,), the
-    end counted."""
+    """Continue every row from its last hidden state h (B, d) until one of the ids `ends` or max_tokens. With
+    uniform (B, max_tokens) tokens are sampled. Returns tokens (B, A) and lengths (B,), the end counted."""
     weight, ends = model.output_weight().to(product_dtype(h)), torch.tensor(ends, device=h.device)
     alive = torch.ones(len(h), dtype=torch.bool, device=h.device)
     tokens, lengths = [], torch.zeros(len(h), dtype=torch.long, device=h.device)
@@ -328,8 +304,7 @@ def stop_places(steps, stopped, width):
 
 
 def stop_terms(stop_logits, steps, stopped):
-    """log p of each stop decision (B, N): continue at steps 0 .. steps - 1, stop at `steps` where it was
-    chosen."""
+    """log p of each stop decision (B, N): continue at steps 0 .. steps - 1, stop at `steps` if chosen."""
     N, logp = stop_logits.shape[1], F.log_softmax(stop_logits, dim=-1)
     return logp[..., 0] * first(steps, N) + logp[..., 1] * stop_places(steps, stopped, N)
 
@@ -340,16 +315,12 @@ class LatentReasoner(nn.Module):
     """Policy, latent head, stop head and decoder. forward(Batch) gives the parts of the supervised loss."""
 
     def __init__(self, policy, config, decoder=None):
-        """decoder: by default, if config.decode asks for one, a copy of the policy. ValueError: no room for
-        a plan."""
+        """decoder: by default a copy of the policy, if config.decode asks for one."""
         super().__init__()
-        latents, context = config.thoughts_per_step * config.max_steps, policy.config.max_position_embeddings
-        if config.latent and latents >= context:
-            raise ValueError(f"thoughts_per_step times max_steps is {latents}: no room in a context of "
-                             f"{context}")
-        self.config = config
-        self.policy = policy
-        d = policy.config.hidden_size
+        context = policy.config.max_position_embeddings
+        if config.latent and config.thoughts_per_step * config.max_steps >= context:
+            raise ValueError(f"--thoughts_per_step times --max_steps: no room in a context of {context}")
+        self.config, self.policy, d = config, policy, policy.config.hidden_size
         self.decoder = copy.deepcopy(policy) if config.decode and decoder is None else decoder
         self.latent_head = LatentHead(d) if config.head else None
         self.stop_head = nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.Linear(d, 2)) if config.stop else None
@@ -368,10 +339,8 @@ class LatentReasoner(nn.Module):
         return [llama for llama in (self.policy, self.decoder) if llama is not None]
 
     def set_trainable(self, stage):
-        """Only what gets a gradient requires one. stage: the curriculum's, or "rl" (the decoder is
-        frozen)."""
-        for p in self.parameters():
-            p.requires_grad_(stage != 0)
+        """Only what gets a gradient requires one. stage: the curriculum's, or "rl" (frozen decoder)."""
+        self.requires_grad_(stage != 0)
         self.policy.requires_grad_(True)
         if self.decoder is not None and stage == "rl":
             self.decoder.requires_grad_(False)
@@ -379,8 +348,7 @@ class LatentReasoner(nn.Module):
             self.latent_head.logvar.requires_grad_(False)  # nothing is sampled
 
     def reconfigured(self, config):
-        """This model with the parts that another LatentConfig asks for, and the names of those that are
-        new."""
+        """This model with the parts that another LatentConfig asks for, and the names of new ones."""
         model, new = LatentReasoner(self.policy, config, self.decoder if config.decode else None), []
         for name in ("latent_head", "stop_head", "decoder"):
             if getattr(model, name) is not None and getattr(self, name) is None:
@@ -404,9 +372,9 @@ class LatentReasoner(nn.Module):
     def think(self, h, cache, steps=None, max_steps=None, eps=None, uniform=None):
         """The chain of latents, one position at a time, from h (B, d) at <|start-latent|>. Returns a Plan.
 
-        steps (B,), of maximum `max_steps`: how many each row gets (training). Else the stop head decides,
-        or every row gets K without one. eps (B, K, c, d): noise of the latents, None: z = mu. uniform (B,
-        K): samples the stops, None: a row stops where p(stop) > 1/2."""
+        steps (B,), of maximum `max_steps`: how many each row gets (training). Else the stop head decides, or
+        every row gets K without one. eps (B, K, c, d): noise of the latents, None: z = mu. uniform (B, K):
+        samples the stops, None: a row stops where p(stop) > 1/2."""
         config, dtype = self.config, self.policy.embed_tokens.weight.dtype
         decides, limit = steps is None and config.stop, config.max_steps if max_steps is None else max_steps
         drawn, stop_logits = [], []  # of each position (z, mu, logvar), of each step (B, 2)
@@ -488,10 +456,9 @@ class LatentReasoner(nn.Module):
 
     @torch.no_grad()
     def rollout(self, questions, group=1, noise=None, max_tokens=16, temperature=1.0, latent_temperature=1.0):
-        """Answer each question (lists of ids as in data.Encoded) `group` times. The question is read once
-        for its whole group. noise: a Noise for Q x group rows, None: greedy (z = mu, stop where p(stop) >
-        1/2, argmax; paper, section 4). temperature: of answer tokens, 0: argmax. latent_temperature: times
-        sigma. Text methods write their chain of thought: raise max_tokens."""
+        """Answer each question (ids as in data.Encoded) `group` times; it is read once for its group. noise:
+        a Noise for Q x group rows, None: greedy (z = mu, stop where p(stop) > 1/2, argmax; paper, section 4).
+        temperature: of answer tokens, 0: argmax. latent_temperature: times sigma."""
         config, device = self.config, self.device
         start = [config.start_id] if config.latent else []
         prefix, valid = (t.to(device) for t in pad([q + start for q in questions]))
@@ -510,8 +477,8 @@ class LatentReasoner(nn.Module):
                                    noise and noise.answer, temperature)
         sigma = None
         if plan.logvar is not None:
-            of_step = (plan.logvar * 0.5).exp().mean(dim=(2, 3))
-            sigma = masked_mean(of_step, first(plan.steps, plan.z.shape[1]))
+            sigma = (plan.logvar * 0.5).exp().mean(dim=(2, 3))
+            sigma = masked_mean(sigma, first(plan.steps, plan.z.shape[1]))
         return Rollout(prefix, valid, group, precise(plan.z), plan.steps, plan.stopped, plan.stop_z, eps,
                        sigma, tokens, lengths)
 
@@ -520,8 +487,7 @@ class LatentReasoner(nn.Module):
     @torch.no_grad()
     def plan_texts(self, z, steps, tokenizer, max_tokens=16, rows=512):
         """Per row of z (B, N, c, d), of which `steps` (B,) count, what each latent step says in words
-        (greedy). All steps of the batch go through the decoder together, `rows` at a time to bound
-        memory."""
+        (greedy). All steps go through the decoder together, `rows` at a time to bound memory."""
         steps = steps.tolist()
         used = [b * z.shape[1] + k for b, n in enumerate(steps) for k in range(n)]
         z, words = z.flatten(0, 1)[torch.tensor(used, dtype=torch.long, device=z.device)], []
@@ -533,14 +499,10 @@ class LatentReasoner(nn.Module):
         words = iter(words)
         return [[next(words) for _ in range(n)] for n in steps]
 
-    def answer_texts(self, rollout, tokenizer):
-        """Text of each row's answer without the end, and whether one closed it."""
-        return self.texts(rollout.tokens, rollout.lengths, tokenizer)
-
     def texts(self, tokens, lengths, tokenizer):
+        """Text of each row of tokens (B, A) without the end, and whether one closed it."""
         rows = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())]
-        ends = self.ends
-        ended = [bool(row) and row[-1] in ends for row in rows]
+        ended = [bool(row) and row[-1] in self.ends for row in rows]
         return [tokenizer.decode(row[:-1] if end else row) for row, end in zip(rows, ended)], ended
 
     # --- checkpoints: a Hugging Face LLaMA, with the decoder and the heads beside it ---
@@ -560,28 +522,22 @@ class LatentReasoner(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu", decode=True):
-        """A folder that save_pretrained wrote. decode=False leaves its decoder out. ValueError,
-        FileNotFoundError: see LLaMA.from_pretrained."""
+        """A folder that save_pretrained wrote. decode=False leaves its decoder out. ValueError and
+        FileNotFoundError name the file, as in LLaMA.from_pretrained."""
         path = Path(path)
-        file, raw = path / "latent.json", read_json(path / "latent.json")
-        names = {f.name for f in fields(LatentConfig)}
-        if not isinstance(raw, dict) or set(raw) != names:
-            raise ValueError(f"{file}: it must be a JSON object with the keys {', '.join(sorted(names))}")
+        raw, decoder = read_json(path / "latent.json"), None
         policy = LLaMA.from_pretrained(path, dtype, device)
         try:
             config = LatentConfig(**raw)
-            if not all(0 <= i < config.vocab_size for i in (config.start_id, config.end_id, config.eos_id)):
-                raise ValueError("a token id is outside the vocabulary")
-            if config.vocab_size > policy.config.vocab_size:
-                raise ValueError(f"vocab_size is {config.vocab_size}, but the weights have rows for "
-                                 f"{policy.config.vocab_size}")
             config.decode &= decode
-            decoder = LLaMA.from_pretrained(path / "decoder", dtype, device) if config.decode else None
-            if decoder is not None and decoder.embed_tokens.weight.shape != policy.embed_tokens.weight.shape:
-                raise ValueError("the decoder's embeddings are not of the policy's shape")
+            if config.decode:
+                decoder = LLaMA.from_pretrained(path / "decoder", dtype, device)
+            tables = [llama.embed_tokens.weight.shape for llama in (policy, decoder) if llama]
+            if config.vocab_size > tables[0][0] or tables[0] != tables[-1]:
+                raise ValueError(f"vocab_size {config.vocab_size} does not go with embeddings {tables}")
             model = cls(policy, config, decoder).to(device, dtype)
-        except ValueError as e:
-            raise ValueError(str(e) if str(path) in str(e) else f"{file}: {e}") from None
+        except (ValueError, TypeError) as e:
+            raise ValueError(f"{path / 'latent.json'}: {one_line(e)}") from None
         if model.heads():
             file = path / "heads.safetensors"
             check_tensors(tensor_headers(file), model.heads(), file)
@@ -590,15 +546,13 @@ class LatentReasoner(nn.Module):
 
 
 def checkpoints(path):
-    """The newest checkpoint of every run in `path`: a checkpoint, a run's folder or a folder of runs. Of a
-    run it is that of the latest step: a copied folder has its files' times in any order. FileNotFoundError:
-    there is none."""
+    """The newest checkpoint, by its step, of every run in `path`: a checkpoint, a run's folder or a folder of
+    runs. FileNotFoundError: there is none."""
     path = Path(path)
     if (path / "train.json").is_file() and (path / "latent.json").is_file():
         return [path]
-    runs = {}
-    for file in sorted((*path.glob("step-*/train.json"), *path.glob("*/step-*/train.json"))):
-        runs[file.parent.parent] = file.parent
+    found = sorted((*path.glob("step-*/train.json"), *path.glob("*/step-*/train.json")))
+    runs = {file.parent.parent: file.parent for file in found}
     if not runs:
         raise FileNotFoundError(f"{path}: no checkpoint there (make one with `python train.py`, or name one)")
     return list(runs.values())
@@ -610,16 +564,15 @@ def find_checkpoint(path):
 
 
 def read_state(ckpt):
-    """What train.json says of a checkpoint: the configuration it was trained with, its step. ValueError
-    without."""
-    file = Path(ckpt) / "train.json"
-    state = read_json(file)
-    config = state.get("config") if isinstance(state, dict) else None
-    if not isinstance(config, dict) or type(state.get("step")) is not int:
-        raise ValueError(f"{file}: keys 'config' and 'step' of a checkpoint are missing")
-    if not isinstance(config.get("method"), str) or type(config.get("seed")) is not int:
-        raise ValueError(f"{file}: config has no 'method' or no 'seed'")
-    return state
+    """What train.json says of a checkpoint: the configuration it was trained with, its step."""
+    state = read_json(Path(ckpt) / "train.json")
+    try:
+        config = state["config"]
+        if type(state["step"]) is type(config["seed"]) is int and config["method"] in METHODS:
+            return state
+    except (TypeError, KeyError):
+        pass
+    raise ValueError(f"{ckpt}/train.json: 'step', or 'config' with its 'seed' and 'method', is missing")
 
 
 def check_vocabulary(tokenizer, policy, path):

@@ -162,7 +162,7 @@ class Bench:
         self.data = "gsm8k" if real and (Path(args.data_dir) / "gsm8k_train.jsonl").is_file() else "builtin"
         encoded, _ = encode_all(load(self.data, "train", args.data_dir)[:4000], self.tokenizer, 512)
         self.examples = [e for e in encoded if 2 <= len(e.steps) <= K]
-        start, end = self.tokenizer.token_id(START), self.tokenizer.token_id(END)
+        start, end = self.tokenizer.add_special(START, END)
         return dict(vocab=vocab or self.tokenizer.vocab_size, start_id=start, end_id=end,
                     eos_id=self.tokenizer.end_id())
 

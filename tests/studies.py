@@ -83,7 +83,7 @@ def diversity(paths, samples=32, limit=100):
             figures = []
             for i in range(0, len(encoded), 16):
                 part = encoded[i:i + 16]
-                cut = noise[i * samples:(i + len(part)) * samples]
+                cut = Noise(*(v[i * samples:(i + len(part)) * samples] for v in noise))
                 rollout = model.rollout([e.question for e in part], samples, cut, 16, *temperatures)
                 figures += of_questions(model, tokenizer, rollout, part)
             plans, answers, once, ever = (mean(column) for column in zip(*figures))
@@ -94,7 +94,7 @@ def diversity(paths, samples=32, limit=100):
 
 def of_questions(model, tokenizer, rollout, encoded):
     """Of each question: distinct plans, distinct answers, share of right samples, whether one is right."""
-    texts, _ = model.answer_texts(rollout, tokenizer)
+    texts, _ = model.texts(rollout.tokens, rollout.lengths, tokenizer)
     plans = [()] * len(texts)
     if model.decoder is not None:
         plans = model.plan_texts(rollout.z, rollout.steps, tokenizer)

@@ -41,7 +41,7 @@ def small():
     policy = LLaMA(LLaMAConfig(tokenizer.vocab_size, D, 128, 2, 4, 2, 16, eos_token_id=tokenizer.eos_id))
     assert policy.config.vocab_size % 64
     config = LatentConfig(**METHODS["atp"], method="atp", thoughts_per_step=C, max_steps=K,
-                          start_id=tokenizer.token_id(START), end_id=tokenizer.token_id(END),
+                          start_id=tokenizer.special[START], end_id=tokenizer.special[END],
                           eos_id=tokenizer.end_id(), vocab_size=tokenizer.vocab_size)
     examples, _ = encode_all(load("builtin", "train")[:24], tokenizer, 256)
     return LatentReasoner(policy, config), examples

@@ -95,7 +95,7 @@ def make(method="atp", group=3, K=3, seed=3, temperature=1.0, questions=4, laten
 
 def draw(model, rows):
     noise = Noise.draw(rows, model.config, 16, 5, torch.Generator().manual_seed(2))
-    return Noise(*(v.to(model.policy.norm.weight.dtype) for v in vars(noise).values()))
+    return Noise(*(v.to(model.policy.norm.weight.dtype) for v in noise))
 
 
 def naive_terms(model, rollout, questions, temperature=1.0, latent_temperature=1.0):
@@ -318,7 +318,7 @@ def test_first_gradient_is_the_policy_gradient(grad):
 def test_clipping():
     """min(ratio A, clip(ratio) A) of a single answer token, and the clamp of the log-ratio."""
     _, rollout = make("nocot", group=2, questions=1)
-    rollout = replace(rollout, tokens=rollout.tokens[:, :1], lengths=torch.ones(2, dtype=torch.long))
+    rollout = rollout._replace(tokens=rollout.tokens[:, :1], lengths=torch.ones(2, dtype=torch.long))
     old = Terms(None, None, torch.zeros(2, 1))
     for a, diff, want in [(1, 0.1, math.exp(0.1)), (1, 0.5, 1.2), (1, -0.5, math.exp(-0.5)),
                           (-1, 0.5, -math.exp(0.5)), (-1, -0.5, -0.8), (-1, 9.0, -math.exp(3))]:
