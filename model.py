@@ -125,6 +125,17 @@ def product_dtype(x):
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def gather(x, places):
+    """x (B, T, ...) -> (1, M, ...): what lies at `places` (M,) of the flat (B * T)."""
+    return x.flatten(0, 1).index_select(0, places)[None]
+
+
+def spread(x, places, shape):
+    """The reverse of gather, to a (B, T, ...) of the given shape (B, T), with zeros at other places."""
+    whole = x.new_zeros(shape[0] * shape[1], *x.shape[2:])
+    return whole.index_copy(0, places, x[0]).unflatten(0, shape)
+
+
 def bias_of(mask, dtype):
     """What is added to attention's scores: 0 where the mask is set, -inf elsewhere."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -math.inf)
@@ -185,17 +196,22 @@ class Attention(nn.Module):
         self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x, rope, qkv_weight, o_weight, past=None):
+    def forward(self, x, rope, qkv_weight, o_weight, past=None, places=None, shape=None):
         """x (B, T, d) -> y (B, T, d), (k, v). Without `past` this is a causal pass, with k, v (B, KV, T, D).
-        With `past`, (prefix k, v, tail k, v, columns, bias), k and v are the tail with the new columns."""
+        With `past`, (prefix k, v, tail k, v, columns, bias), k and v are the tail with the new columns.
+        With `places`, x and y (1, M, d) hold those places of a flat (B * T); shape: (B, T)."""
         H, KV, D = self.heads, self.kv_heads, self.head_dim
         qkv = F.linear(x, qkv_weight).unflatten(-1, (H + 2 * KV, D))               # (B, T, heads, D)
         qk, v = qkv.split((H + KV, KV), dim=2)
         q, k = rotate(qk, *rope).to(v.dtype).split((H, KV), dim=2)
         if past is None:
+            if places is not None:
+                q, k, v = (spread(t, places, shape) for t in (q, k, v))
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))                       # (B, heads, T, D)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H > KV)
             y, kv = y.transpose(1, 2), (k, v)
+            if places is not None:
+                y = gather(y, places)
         else:
             y, kv = self.attend_to_both(q, k, v, *past)
         return F.linear(y.flatten(2), o_weight), kv
@@ -244,10 +260,10 @@ class Block(nn.Module):
         linears = self.self_attn.qkv_proj, self.self_attn.o_proj, self.mlp.gate_up_proj, self.mlp.down_proj
         return tuple(linear.weight.to(dtype) for linear in linears)
 
-    def forward(self, x, rope, weights, past=None):
-        """x (B, T, d) -> x (B, T, d) and the keys and values of Attention.forward."""
+    def forward(self, x, rope, weights, past=None, places=None, shape=None):
+        """x (B, T, d) -> x (B, T, d) and the keys and values of Attention.forward, for its arguments."""
         qkv, o, gate_up, down = weights
-        y, kv = self.self_attn(self.input_layernorm(x), rope, qkv, o, past)
+        y, kv = self.self_attn(self.input_layernorm(x), rope, qkv, o, past, places, shape)
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x), gate_up, down), kv
 
@@ -293,11 +309,12 @@ class LLaMA(nn.Module):
     def logits(self, h):
         return F.linear(h, self.output_weight())[..., :self.config.vocab_size]
 
-    def hidden(self, tokens=None, embeds=None, cache=None, valid=None):
+    def hidden(self, tokens=None, embeds=None, cache=None, valid=None, places=None):
         """Last hidden states after the final norm (B, T, d), of token ids (B, T) or embeddings (B, T, d).
 
         Without `cache`, or on a new one, this is a causal pass at positions 0..T-1, and `valid` (B, T) marks
-        what is no right-padding. Later passes add T columns to the tail, which count where `valid` is set."""
+        what is no right-padding. `places` (M,) says the same in the flat (B * T): padding is then left out of
+        all but attention. Later passes add T columns to the tail, which count where `valid` is set."""
         if embeds is None:
             x = self.embed_tokens(tokens)
         else:  # a copy, since torch.compile guards on what a view is a view of
@@ -309,6 +326,8 @@ class LLaMA(nn.Module):
         starts = cache.prefix is None
         if starts:
             positions, past = torch.arange(T, device=x.device)[None], [None] * len(self.layers)
+            if places is not None:
+                x, positions = gather(x, places), (places % T)[None]
             cache.weights = [layer.weights(product_dtype(x)) for layer in self.layers]
         else:
             positions, columns, bias = cache.extend(valid, x.dtype)
@@ -318,13 +337,13 @@ class LLaMA(nn.Module):
         if self.activation_checkpointing and T > 1 and torch.is_grad_enabled():
             run = partial(checkpoint, run, use_reentrant=False)
         for layer, weights, seen in zip(self.layers, cache.weights, past):
-            x, layer_kv = run(layer, x, rope, weights, seen)
+            x, layer_kv = run(layer, x, rope, weights, seen, places, (B, T))
             kv.append(layer_kv)
         if not starts:
             cache.tail = kv
         elif cache.size:
             cache.start(kv, valid, x.dtype)
-        return self.norm(x)
+        return self.norm(x) if places is None else spread(self.norm(x), places, (B, T))
 
     def rope(self, positions, x):
         """Cosines and sines of positions (B, T), each (B, T, 1, D), in x's dtype and on its device."""

@@ -90,7 +90,7 @@ class LogProbs(nn.Module):
         (B, N, c, _), A = rollout.z.shape, rollout.tokens.shape[1]
         used, written = first(rollout.steps, N), first(rollout.lengths, A)
         cache = KVCache(N * c + A, rollout.group)
-        h0 = policy.hidden(rollout.prefix, cache=cache, valid=rollout.prefix_valid)
+        h0 = policy.hidden(rollout.prefix, None, cache, rollout.prefix_valid, rollout.prefix_at)
         h0 = last(h0, rollout.prefix_valid).repeat_interleave(rollout.group, dim=0)  # (B, d)
         skip = 0 if config.latent else 1  # the prefix gives the first token
         text = nn.functional.pad(rollout.tokens[:, :-1], (1, 0), value=config.end_id)[:, skip:]

@@ -114,6 +114,11 @@ def pad(rows, value=0):
     return ids.view(-1, width), first(torch.tensor([len(row) for row in rows], dtype=torch.long), width)
 
 
+def places_of(mask):
+    """The places (M,) of a flattened mask that are set. On a GPU the CPU waits for their number."""
+    return mask.flatten().nonzero()[:, 0]
+
+
 def generator(*ids):
     """A CPU generator of random numbers that depends on the numbers given and on nothing else."""
     seed = np.random.SeedSequence(ids).generate_state(1, np.uint64)[0]
@@ -143,10 +148,11 @@ class Batch(NamedTuple):
 
     prefix: torch.Tensor        # (B, S) question and <|start-latent|>; text methods: question and text
     prefix_valid: torch.Tensor  # (B, S) bool
+    prefix_at: torch.Tensor     # (M,) places in the flat (B * S) that are valid
     text: torch.Tensor          # (B, T) <|end-latent|>, remaining steps, answer; text methods: = prefix
     text_valid: torch.Tensor    # (B, T) bool
-    answer_at: torch.Tensor     # (M,) places in the flat (B * T) where a token is asked for
-    answer: torch.Tensor        # (M,) that token
+    answer_at: torch.Tensor     # (A,) places in the flat (B * T) where a token is asked for
+    answer: torch.Tensor        # (A,) that token
     answer_share: float         # 1 / tokens asked for in the global batch
     share: float                # 1 / examples of the global batch
     steps: torch.Tensor         # (B,) latent steps
@@ -199,10 +205,10 @@ def collate(examples, config, stage, noise=None, total_examples=None, total_toke
     # the log-likelihood of a step's whole text: summed over its tokens, mean over the example's steps
     decode_share = [share / steps[b] for (b, _), w in zip(decodes, words) for _ in w]
     places = lambda ids: torch.tensor(ids, dtype=torch.long)
-    return Batch(prefix, prefix_valid, text, text_valid, places(answer_at), places(answer),
-                 1 / (total_tokens or len(answer)), share, places(steps), N, torch.tensor(stops), decode,
-                 decode_valid, places([b * N + k for b, k in decodes]), places(decode_at),
-                 torch.tensor(decode_share), None if noise is None else noise[:, :N + 1])
+    return Batch(prefix, prefix_valid, places_of(prefix_valid), text, text_valid, places(answer_at),
+                 places(answer), 1 / (total_tokens or len(answer)), share, places(steps), N,
+                 torch.tensor(stops), decode, decode_valid, places([b * N + k for b, k in decodes]),
+                 places(decode_at), torch.tensor(decode_share), None if noise is None else noise[:, :N + 1])
 
 
 # --- rollouts ---
@@ -239,6 +245,7 @@ class Rollout(NamedTuple):
 
     prefix: torch.Tensor         # (Q, S)
     prefix_valid: torch.Tensor   # (Q, S) bool
+    prefix_at: torch.Tensor      # (M,) places in the flat (Q * S) that are valid
     group: int
     z: torch.Tensor              # (B, N, c, d); z, steps, stopped, stop_z: see Plan
     steps: torch.Tensor
@@ -251,11 +258,12 @@ class Rollout(NamedTuple):
 
     def part(self, questions, members):
         """The rollouts of some members (list) of the groups of some questions (list)."""
-        questions = torch.tensor(questions)
-        rows = (questions[:, None] * self.group + torch.tensor(members)).flatten().to(self.tokens.device)
-        at = {"prefix": questions.to(rows.device), "prefix_valid": questions.to(rows.device)}
-        cut = {name: v[at.get(name, rows)] for name, v in self._asdict().items() if torch.is_tensor(v)}
-        return self._replace(**cut, group=len(members))
+        questions = torch.tensor(questions, device=self.tokens.device)
+        members = torch.tensor(members, device=self.tokens.device)
+        rows = (questions[:, None] * self.group + members).flatten()
+        cut = {name: v[questions if name.startswith("prefix") else rows] for name, v in self._asdict().items()
+               if torch.is_tensor(v) and name != "prefix_at"}
+        return self._replace(**cut, prefix_at=places_of(cut["prefix_valid"]), group=len(members))
 
 
 def sample(logits, uniform=None, temperature=1.0):
@@ -420,14 +428,14 @@ class LatentReasoner(nn.Module):
         share of the global batch's mean. Gradients flow through the whole chain of latents."""
         losses, policy, N = {}, self.policy, batch.max_steps
         if N == 0:
-            h = policy.hidden(batch.prefix, valid=batch.prefix_valid)
+            h = policy.hidden(batch.prefix, valid=batch.prefix_valid, places=batch.prefix_at)
         else:
             widths = batch.prefix.shape[1], batch.text.shape[1]
             cache = KVCache(N * self.config.thoughts_per_step + widths[1])
             # one look-up, since the gradient of each is as large as the table
             embeds = policy.embed_tokens(torch.cat((batch.prefix, batch.text), dim=1))
             prefix, text = embeds.split(widths, dim=1)
-            h = policy.hidden(embeds=prefix, cache=cache, valid=batch.prefix_valid)
+            h = policy.hidden(embeds=prefix, cache=cache, valid=batch.prefix_valid, places=batch.prefix_at)
             plan = self.think(last(h, batch.prefix_valid), cache, batch.steps, N, batch.noise)
             h = policy.hidden(embeds=text, cache=cache, valid=batch.text_valid)
             if self.config.stop:
@@ -461,12 +469,14 @@ class LatentReasoner(nn.Module):
         temperature: of answer tokens, 0: argmax. latent_temperature: times sigma."""
         config, device = self.config, self.device
         start = [config.start_id] if config.latent else []
-        prefix, valid = (t.to(device) for t in pad([q + start for q in questions]))
+        prefix, valid = pad([q + start for q in questions])
+        prefix, valid, places = (t.to(device) for t in (prefix, valid, places_of(valid)))
         noise = noise and moved(noise, device)
         eps = noise and noise.latent * latent_temperature
         latents = config.max_steps * config.thoughts_per_step + 1 if config.latent else 0
         cache = KVCache(latents + max_tokens, group)
-        h = last(self.policy.hidden(prefix, cache=cache, valid=valid), valid).repeat_interleave(group, dim=0)
+        h = self.policy.hidden(prefix, cache=cache, valid=valid, places=places)
+        h = last(h, valid).repeat_interleave(group, dim=0)
         none = torch.zeros(len(h), dtype=torch.long, device=device)
         if config.latent:
             plan = self.think(h, cache, eps=eps, uniform=noise and noise.stop)
@@ -479,8 +489,8 @@ class LatentReasoner(nn.Module):
         if plan.logvar is not None:
             sigma = (plan.logvar * 0.5).exp().mean(dim=(2, 3))
             sigma = masked_mean(sigma, first(plan.steps, plan.z.shape[1]))
-        return Rollout(prefix, valid, group, precise(plan.z), plan.steps, plan.stopped, plan.stop_z, eps,
-                       sigma, tokens, lengths)
+        return Rollout(prefix, valid, places, group, precise(plan.z), plan.steps, plan.stopped, plan.stop_z,
+                       eps, sigma, tokens, lengths)
 
     # --- in words ---
 

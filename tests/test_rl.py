@@ -59,7 +59,7 @@ def fake(tokens, plans):
     """A model and its rollouts of one question, whose answers and decoded plans are given."""
     model, n, width = naive.tiny(), len(tokens), max(map(len, tokens))
     model.plan_texts = lambda z, steps, words: [[words.decode(step) for step in plans[i]] for i in z.tolist()]
-    unused = dict.fromkeys(("prefix", "prefix_valid", "stopped", "stop_z", "eps", "sigma"))
+    unused = dict.fromkeys(("prefix", "prefix_valid", "prefix_at", "stopped", "stop_z", "eps", "sigma"))
     rows = torch.tensor([t + [0] * (width - len(t)) for t in tokens])
     return model, Rollout(**unused, group=n, z=torch.arange(n), steps=torch.zeros(n), tokens=rows,
                           lengths=torch.tensor([len(t) for t in tokens]))
