@@ -186,8 +186,8 @@ def main(argv=None):
     data = {name: load(name, args.split, args.data_dir)[:args.limit or None] for name in args.data}
     rows = gather(args.compare or [find_checkpoint(args.ckpt)])
     records = [r for seeds in rows.values() for r in seeds.values()]
-    start = args.baseline and str(find_checkpoint(args.baseline).resolve())
-    base = [r["row"] for r in records if start in ("", r["checkpoint"])]
+    start = str(find_checkpoint(args.baseline).resolve()) if args.baseline else records[0]["checkpoint"]
+    base = [r["row"] for r in records if r["checkpoint"] == start]
     if not base:
         raise ValueError(f"--baseline {args.baseline}: not one of the runs that --compare names")
     for record in records:

@@ -73,9 +73,9 @@ class Terms(NamedTuple):
 class LogProbs(nn.Module):
     """forward(Rollout): its Terms under the current weights. A module, so that DDP can wrap it.
 
-    latent_grad score, the paper's: latents are actions, held fixed, with densities. path, ours: they are
-    drawn again from the same noise, with gradients through them into stops and tokens. It is unbiased if
-    the reward depends on these alone."""
+    latent_grad score, the paper's: latents are actions, held fixed, with densities (but for the latent at
+    which a row stopped). path, ours: they are drawn again from the same noise, with gradients through them
+    into stops and tokens. Up to the means over a rollout it is unbiased if these alone make the reward."""
 
     def __init__(self, model, temperature=1.0, latent_grad="score", latent_temperature=1.0):
         super().__init__()
@@ -96,7 +96,8 @@ class LogProbs(nn.Module):
         text = nn.functional.pad(rollout.tokens[:, :-1], (1, 0), value=config.end_id)[:, skip:]
         latent = stop = mu = logvar = None
         if config.latent and self.path and not fixed:
-            stop = self.model.think(h0, cache, rollout.steps, N, rollout.eps).stop_logits
+            plan = self.model.think(h0, cache, rollout.steps, N, rollout.eps)  # which the cache now holds
+            stop = plan.stop_logits
             h = policy.hidden(text, cache=cache, valid=written)
         else:
             text = policy.embed_tokens(text)
@@ -147,17 +148,17 @@ def objective(new, old, rollout, advantage, total, clip=0.2, latent_coef=1.0, la
     weights now and before the update. In each rollout latents and stop (times latent_coef) and tokens are
     averaged apart. latent_mean: densities are means over d."""
     (_, N, c, d), steps = rollout.z.shape, rollout.steps
-    ends = stop_places(steps, rollout.stopped, N + 1)
     diffs, masks = [], []
-    if new.stop is not None:
-        diffs, masks = [new.stop - old.stop], [ends | first(steps, N + 1)]
     if new.latent is not None:
         density = (new.latent - old.latent) / (d if latent_mean else 1)  # (B, N, c)
-        if diffs:  # log p(continue) joins the first latent of its step
-            density[..., 0] += diffs[0][:, :N]
-            masks = [ends]
-        diffs.insert(0, density.flatten(1))
-        masks.insert(0, first(steps, N).repeat_interleave(c, dim=1))
+        if new.stop is not None:  # log p(continue) belongs to the first latent of its step
+            density[..., 0] += (new.stop - old.stop)[:, :N]
+        diffs.append(density.flatten(1))
+        masks.append(first(steps, N).repeat_interleave(c, dim=1))
+    if new.stop is not None:
+        ends = stop_places(steps, rollout.stopped, N + 1)
+        diffs.append(new.stop - old.stop)
+        masks.append(ends if new.latent is not None else ends | first(steps, N + 1))
     sides = {"token": (new.token - old.token, first(rollout.lengths, new.token.shape[1]), 1.0)}
     if diffs:
         sides["latent"] = torch.cat(diffs, dim=1), torch.cat(masks, dim=1), latent_coef
@@ -175,10 +176,10 @@ def objective(new, old, rollout, advantage, total, clip=0.2, latent_coef=1.0, la
 
 def rl_step(run, ddp, reference, optimizer, examples, tokenizer, step):
     """Rollouts of a global batch (each process its questions), rewards, optimizer steps. Returns statistics.
-    All rewards equal, no step: the KL's first gradient is rounding, of which AdamW makes a full step."""
+    No step where no group's rewards differ: the KL may be rounding, of which AdamW makes a full step."""
     cfg, model, Q, G = run.cfg, getattr(ddp, "module", ddp).model, len(examples), run.cfg.group
     own, d = slice(run.rank, None, run.world), model.policy.config.hidden_size
-    noise = Noise.draw(Q * G, model.config, d, cfg.max_answer, generator(cfg.seed, RL_NOISE, step - 1))
+    noise = Noise.draw(Q * G, model.config, d, cfg.max_answer, generator(cfg.seed, RL_NOISE, step))
     mine, rows = examples[own], torch.arange(Q * G).view(Q, G)[own].flatten()
     noise = Noise(*(values[rows] for values in noise))
     began = time.time()
@@ -202,19 +203,20 @@ def rl_step(run, ddp, reference, optimizer, examples, tokenizer, step):
 
 
 def update(run, ddp, reference, optimizer, rollout, advantage, step, ids):
-    """Optimizer steps over rollouts of advantages (B,), on the CPU. Returns statistics. Each takes as many
-    rollouts of every question, for any number of processes; a micro-batch, those of some."""
+    """Optimizer steps over rollouts with advantages (B,), on the CPU. Returns statistics. Each step takes as
+    many rollouts of every question, for any number of processes. A micro-batch is some of the questions."""
     cfg, G, log_probs = run.cfg, rollout.group, getattr(ddp, "module", ddp)
     members = cfg.minibatch // cfg.questions_per_step  # of each group in a step
     # equal rewards teach only the KL; DDP needs a question
-    active = [q for q, a in enumerate(advantage.view(-1, G).tolist()) if reference or any(a)] or [0]
+    groups = advantage.view(-1, G).tolist()
+    active = [q for q, group in enumerate(groups) if reference is not None or any(group)] or [0]
     most = max(cfg.micro_batch or cfg.minibatch, members)
     parts = [part.tolist() for part in np.array_split(active, -(-len(active) * members // most))]
     advantage, batches = advantage.view(-1, G).to(run.device), []  # a batch: its micro-batches
     for g in range(0, G, members):
         cuts = [rollout.part(part, range(g, g + members)) for part in parts]
         gains = [advantage[part, g:g + members].flatten() for part in parts]
-        with run.autocast():  # the rollout's own are rounded otherwise
+        with run.autocast():  # by the update's kernels, so not under no_grad: the rollout rounds otherwise
             old = [log_probs(cut).detached() if g else None for cut in cuts]
         batches.append(list(zip(cuts, gains, old)))
     sums, norms = {}, []
@@ -226,15 +228,15 @@ def update(run, ddp, reference, optimizer, rollout, advantage, step, ids):
                     loss, stats = objective(new, old or new.detached(), cut, a, cfg.minibatch,
                                             cfg.ratio_clip, cfg.latent_coef, cfg.latent_mean)
                     if reference is not None:
-                        start = reference(cut)
+                        origin = reference(cut)
                         # sampled latents are actions, by path too
-                        if start.mu is not None and new.mu is None:
+                        if origin.mu is not None and new.mu is None:
                             new = log_probs(cut, fixed=True)
-                        kl = divergence(new, start, cut).sum()
+                        kl = divergence(new, origin, cut).sum()
                         loss, stats["kl"] = loss + cfg.kl_coef * kl / cfg.minibatch, kl.detach()
                 (loss * run.world).backward()  # DDP takes the mean; the losses are shares of a sum
             sums = {k: sums.get(k, 0) + v for k, v in stats.items()}
-        norms.append(run.clip_gradients(optimizer, cfg.rl_clip, step, ids, {"objective": loss.detach()}))
+        norms.append(run.clip_gradients(optimizer, cfg.rl_clip, step + 1, ids, {"objective": loss.detach()}))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     sums, found = run.mean(sums), {"grad_norm": float(np.mean(norms))}

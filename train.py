@@ -77,7 +77,7 @@ class Config:
     stop: str = setting("auto", "stop head", **AUTO)
     decode: str = setting("auto", "decoder and its loss", **AUTO)
     batch_size: int = setting(32, "examples an optimizer step, over all processes", least=1, pretrained=256)
-    micro_batch: int = setting(128, "rows that a process takes at once (0: as fit)", free=True, pretrained=0)
+    micro_batch: int = setting(128, "rows of one pass (SFT, 0: as many as fit)", free=True, pretrained=0)
     cot_epochs: float = setting(12.0, "stage 0: text chain of thought", chain=1.2, pretrained=0.0)
     epochs_per_stage: float = setting(1.2, "each further stage", chain=0.1, pretrained=2.0)
     final_epochs: float = setting(9.6, "further epochs, all steps latent", chain=2.2, pretrained=5.0)
@@ -167,12 +167,14 @@ def resolve(given):
     if init and (Path(init) / "config.json").is_file() and not (Path(init) / "train.json").is_file():
         values = defaults("pretrained")
         if given.get("method") in ("simcot", "coconut"):
-            values["max_steps"] = 3
+            values |= {"max_steps": 3, "final_epochs": 19.0}  # as many epochs as 10 steps have
     elif init:
         init = str(find_checkpoint(init))
         saved = read_state(init)["config"]
         values = {k: v for k, v in saved.items() if k in FIELDS and not FIELDS[k].metadata.get("own")}
         values["baseline"] = 0  # it would not begin from nothing
+        if saved.get("stage") == "cot" and given.get("stage") == "vae":
+            del values["method"]  # text was the warm-up
     elif given.get("data") == "chain":
         values = defaults("chain")
     if given.get("data", "builtin") not in ("builtin", values.get("data")):
@@ -193,7 +195,7 @@ def check(cfg):
             raise ValueError(f"--{name} cannot be {value!r}")
         if f.type in (int, float) and not least <= value < math.inf:
             raise ValueError(f"--{name} must be at least {least}, not {value}")
-    if cfg.stage == "cot" != cfg.method:
+    if cfg.stage == "cot" and cfg.method != "cot":
         raise ValueError(f"--stage cot is --method cot: leave --method {cfg.method} out")
     if cfg.hidden_size % (2 * cfg.heads):
         raise ValueError(f"--hidden_size {cfg.hidden_size} must be a multiple of twice --heads {cfg.heads}")
@@ -336,9 +338,9 @@ def build(cfg, run):
     if init:
         check_vocabulary(tokenizer, policy, init)
     start, end = tokenizer.add_special(START, END)
-    given = {part: getattr(cfg, part) for part in ("vae", "stop", "decode")}
-    given = {part: value == "yes" for part, value in given.items() if value != "auto"}
-    latent = LatentConfig(**METHODS[cfg.method] | given, method=cfg.method, max_steps=cfg.max_steps,
+    switches = {part: getattr(cfg, part) for part in ("vae", "stop", "decode")}
+    switches = {part: value == "yes" for part, value in switches.items() if value != "auto"}
+    latent = LatentConfig(**METHODS[cfg.method] | switches, method=cfg.method, max_steps=cfg.max_steps,
                           thoughts_per_step=cfg.thoughts_per_step, start_id=start, end_id=end,
                           eos_id=tokenizer.end_id(), vocab_size=tokenizer.vocab_size)
     if model:
@@ -377,7 +379,7 @@ def read_data(run, split):
 # --- checkpoints ---
 
 def save_checkpoint(run, optimizer):
-    """A complete folder step-N: written under another name, flushed, then renamed."""
+    """A complete folder step-N: written under another name, then renamed."""
     if not run.main:
         return
     final = run.dir / f"step-{run.state['step']:07d}"
@@ -407,7 +409,7 @@ def tidy(run, keep):
             (ckpt / "optimizer.safetensors").unlink(missing_ok=True)
 
 
-def resumed(cfg, given, folder):
+def resume_point(cfg, given, folder):
     """(cfg, checkpoint, its state) to go on with: the run's own settings, but for those that are free."""
     if not cfg.resume or not list(folder.glob("step-*/train.json")):
         return cfg, None, {"step": 0, "best": {}, "skipped": 0}
@@ -428,7 +430,7 @@ def begin(cfg, name, given):
     """The Run of a stage, new or resumed. A new run takes the place of an earlier one in its folder, once
     nothing can be wrong with the settings any more. The folder is its own until the `with` block ends."""
     folder = Path(cfg.out_dir) / name
-    cfg, ckpt, state = resumed(cfg, given, folder)
+    cfg, ckpt, state = resume_point(cfg, given, folder)
     run = Run(cfg, name)
     run.resumed, run.state = ckpt, state
     if not ckpt and cfg.init and Path(cfg.init).resolve().is_relative_to(folder.resolve()):
@@ -450,6 +452,8 @@ def begin(cfg, name, given):
             take_folder(run, lock)
         with run.deferred_signals():
             yield run
+        if run.signal:  # it came while the last checkpoint was written
+            raise SystemExit(128 + run.signal)
     finally:
         os.close(lock)
 
@@ -484,8 +488,8 @@ def cut_metrics(file, step):
 def finish_step(run, optimizer, stage, due, total):
     """Validate where it is due, save where that is due, and stop where a signal asked for it: SystemExit with
     128 + its number."""
-    step, stop = run.state["step"], run.asked_to_stop()
-    better = due and validate(run, stage)
+    step, better = run.state["step"], due and validate(run, stage)
+    stop = run.asked_to_stop()
     if better or stop or step == total or step % run.cfg.save_every == 0:
         save_checkpoint(run, optimizer)
     if stop:
@@ -520,10 +524,12 @@ def curriculum(cfg, latent, n):
     epochs[cfg.max_steps] += cfg.final_epochs
     epochs = epochs if latent else {0: sum(epochs.values())}
     steps = {s: max(1, round(e * n / cfg.batch_size)) for s, e in epochs.items() if e > 0}
-    ends = np.cumsum([0, *steps.values()])
+    ends = np.cumsum([0, *steps.values()]).tolist()
+    if not steps:
+        raise ValueError("--cot_epochs, --epochs_per_stage and --final_epochs leave no step")
     if cfg.max_iters:
-        ends = np.floor(ends * (cfg.max_iters / max(1, ends[-1])))
-    return [(s, int(a), int(b)) for s, a, b in zip(steps, ends, ends[1:]) if b > a]
+        ends = [end * cfg.max_iters // ends[-1] for end in ends]
+    return [(s, a, b) for s, a, b in zip(steps, ends, ends[1:]) if b > a]
 
 
 def micro_batches(run, examples, stage, step):
@@ -582,14 +588,14 @@ def train_supervised(cfg, name, given):
                 f"{cfg.batch_size} (" + ", ".join(f"stage {s}: {b - a}" for s, a, b in stages) + ")")
         weights = {"answer": 1.0, "stop": 1.0, "decode": cfg.decode_coef, "kl": cfg.beta_kl}
         for step in (bar := run.steps(total)):
-            stage, first, end = next(s for s in stages if step < s[2])
-            if step == first > 0 and first == text_steps and model.decoder is not None:
+            stage, opening, end = next(s for s in stages if step < s[2])
+            if step == opening > 0 and opening == text_steps and model.decoder is not None:
                 model.decoder.load_state_dict(model.policy.state_dict())  # it starts as the warmed up policy
-            if optimizer is None or step == first:  # AdamW is made anew in each stage
+            if optimizer is None or step == opening:  # AdamW is made anew in each stage
                 optimizer = ddp = None  # the last stage's averages make room
                 model.set_trainable(stage)
                 run.micro_batch = fit_micro_batch(run, stage)
-                ckpt = run.resumed if step > first else None
+                ckpt = run.resumed if step > opening else None
                 optimizer = make_optimizer(model, cfg, cfg.weight_decay, ckpt)
                 ddp = run.wrap(model.train())
             examples = [run.train[i] for i in batch_indices(cfg.seed, step, len(run.train), cfg.batch_size)]
@@ -605,7 +611,7 @@ def train_supervised(cfg, name, given):
             # one cosine over the text stage, another over all latent stages, a warm-up for each optimizer
             start, steps = (0, text_steps) if stage == 0 else (text_steps, total - text_steps)
             lr = set_lr(optimizer, cfg.lr if stage else cfg.cot_lr, cfg.min_lr, (step - start) / steps,
-                        (step - first + 1) / max(1, cfg.warmup))
+                        (step - opening + 1) / max(1, cfg.warmup))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             state |= {"step": step + 1, "stage": stage}
@@ -653,10 +659,11 @@ def train_rl(cfg, name, given):
             validate(run, "rl")  # to be kept, a checkpoint must be better
             state["best"].pop("step", None)
         for step in (bar := run.steps(total)):
-            chosen = batch_indices(cfg.seed + (RL_ORDER << 32), step, len(run.train), Q)
+            order = cfg.seed + (RL_ORDER << 32)  # another than that of the supervised stage
+            chosen = batch_indices(order, step, len(run.train), Q)
             lr = set_lr(optimizer, cfg.rl_lr, cfg.rl_min_lr, step / total, (step + 1) / max(1, cfg.rl_warmup))
             examples = [run.train[i] for i in chosen]
-            stats = rl_step(run, ddp, reference, optimizer, examples, run.tokenizer, step + 1)
+            stats = rl_step(run, ddp, reference, optimizer, examples, run.tokenizer, step)
             stats["skipped"] = state["skipped"] + ("grad_norm" not in stats)
             state |= {"step": step + 1, "stage": "rl", "skipped": stats["skipped"]}
             bar.set_postfix({k: stats[k] for k in ("reward", "accuracy", "coherence")})
@@ -690,8 +697,9 @@ def main(argv=None):
     cfg = resolve(given)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: glibc keeps large blocks that are freed.
-        ctypes.CDLL(None).mallopt(option, 2**31 - 1)  # To clear them anew takes a sixth of a step on a CPU.
+    if sys.platform == "linux":  # keep freed large blocks: to clear new ones takes a sixth of a CPU step
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, 2**31 - 1)
     joins = "RANK" in os.environ and not dist.is_initialized()  # started by torchrun
     if joins:
         gpu = device_of(cfg.device).type == "cuda"
@@ -713,7 +721,8 @@ def train_all(cfg, given):
     """The default job: the stages in turn, and their table."""
     out, runs = Path(cfg.out_dir), {}
     if cfg.method == "atp" and cfg.baseline:
-        own = {"method": "nocot", "max_iters": cfg.baseline, "vae": "auto", "stop": "auto", "decode": "auto"}
+        steps = min(cfg.baseline, cfg.max_iters or cfg.baseline)
+        own = {"method": "nocot", "max_iters": steps, "vae": "auto", "stop": "auto", "decode": "auto"}
         train_supervised(replace(cfg, **own), "nocot", given | own)
         runs["answer only (nocot)"] = out / "nocot"
     train_supervised(cfg, "vae", given)

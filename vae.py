@@ -146,10 +146,10 @@ class Batch(NamedTuple):
     """One micro-batch. Losses are weighed as parts of the global batch's mean, so that they and their
     gradients add up. All places are found here, on the CPU: a GPU is never asked for them."""
 
-    prefix: torch.Tensor        # (B, S) question and <|start-latent|>; text methods: question and text
+    prefix: torch.Tensor        # (B, S) question and <|start-latent|>; without latents: question and text
     prefix_valid: torch.Tensor  # (B, S) bool
     prefix_at: torch.Tensor     # (M,) places in the flat (B * S) that are valid
-    text: torch.Tensor          # (B, T) <|end-latent|>, remaining steps, answer; text methods: = prefix
+    text: torch.Tensor          # (B, T) <|end-latent|>, remaining steps, answer; without latents: = prefix
     text_valid: torch.Tensor    # (B, T) bool
     answer_at: torch.Tensor     # (A,) places in the flat (B * T) where a token is asked for
     answer: torch.Tensor        # (A,) that token
@@ -159,7 +159,6 @@ class Batch(NamedTuple):
     max_steps: int              # their maximum, N
     stops: torch.Tensor         # (B,) bool: the plan ends here, and the stop head must say so
     decode: torch.Tensor        # (P, U) text of the latent steps, <eos> included
-    decode_valid: torch.Tensor  # (P, U) bool
     decode_z: torch.Tensor      # (P,) places in the flat (B * N) of those steps
     decode_at: torch.Tensor     # (L,) places in the flat (P * U) that hold a token
     decode_share: torch.Tensor  # (L,) share / steps of the row
@@ -182,8 +181,8 @@ def decoded_text(example, config, k):
 
 
 def collate(examples, config, stage, noise=None, total_examples=None, total_tokens=None):
-    """A Batch of data.Encoded examples at curriculum stage `stage` (0: all text). noise: (B, K, c, d).
-    total_*: of the global batch of which this is a part. Default: it is the whole."""
+    """A Batch of data.Encoded examples at curriculum stage `stage` (0: all text). noise: (B, n, c, d), n at
+    least N + 1 or K. total_*: of the global batch of which this is a part. Default: it is the whole."""
     steps = [config.latent_steps(e, stage) for e in examples]
     rest = [remaining_text(e, config, stage) for e in examples]
     N, skip = max(steps), [0] * len(examples)
@@ -199,7 +198,7 @@ def collate(examples, config, stage, noise=None, total_examples=None, total_toke
     stops = [n == len(e.steps) and n < config.max_steps for n, e in zip(steps, examples)]
     decodes = [(b, k) for b, n in enumerate(steps) for k in range(n) if config.decode]
     words = [decoded_text(examples[b], config, k) for b, k in decodes]
-    decode, decode_valid = pad(words)
+    decode, _ = pad(words)
     decode_at = [p * decode.shape[1] + i for p, w in enumerate(words) for i in range(len(w))]
     share = 1 / (total_examples or len(examples))
     # the log-likelihood of a step's whole text: summed over its tokens, mean over the example's steps
@@ -207,7 +206,7 @@ def collate(examples, config, stage, noise=None, total_examples=None, total_toke
     places = lambda ids: torch.tensor(ids, dtype=torch.long)
     return Batch(prefix, prefix_valid, places_of(prefix_valid), text, text_valid, places(answer_at),
                  places(answer), 1 / (total_tokens or len(answer)), share, places(steps), N,
-                 torch.tensor(stops), decode, decode_valid, places([b * N + k for b, k in decodes]),
+                 torch.tensor(stops), decode, places([b * N + k for b, k in decodes]),
                  places(decode_at), torch.tensor(decode_share), None if noise is None else noise[:, :N + 1])
 
 
@@ -312,7 +311,7 @@ def stop_places(steps, stopped, width):
 
 
 def stop_terms(stop_logits, steps, stopped):
-    """log p of each stop decision (B, N): continue at steps 0 .. steps - 1, stop at `steps` if chosen."""
+    """log p of each decision (B, N + 1): continue at steps 0 .. steps - 1, stop at `steps` if chosen."""
     N, logp = stop_logits.shape[1], F.log_softmax(stop_logits, dim=-1)
     return logp[..., 0] * first(steps, N) + logp[..., 1] * stop_places(steps, stopped, N)
 
@@ -341,7 +340,8 @@ class LatentReasoner(nn.Module):
     def ends(self):
         """The ids that end a text: <eos>, and what else config.json has as eos_token_id."""
         ids = self.policy.config.eos_token_id
-        return sorted({self.config.eos_id, *(ids if isinstance(ids, list) else [])})
+        ids = ids if isinstance(ids, list) else [ids]
+        return sorted({self.config.eos_id, *ids} - {None})
 
     def llamas(self):
         return [llama for llama in (self.policy, self.decoder) if llama is not None]
@@ -375,7 +375,8 @@ class LatentReasoner(nn.Module):
     def draw(self, h, eps):
         """z, mu, logvar (B, d) of the latent after hidden state h. eps (B, d), or None for z = mu."""
         mu, logvar = self.latent(h)
-        return mu if logvar is None or eps is None else mu + torch.exp(0.5 * logvar) * eps, mu, logvar
+        z = mu if logvar is None or eps is None else mu + torch.exp(0.5 * logvar) * eps
+        return z, mu, logvar
 
     def think(self, h, cache, steps=None, max_steps=None, eps=None, uniform=None):
         """The chain of latents, one position at a time, from h (B, d) at <|start-latent|>. Returns a Plan.
@@ -428,7 +429,7 @@ class LatentReasoner(nn.Module):
         share of the global batch's mean. Gradients flow through the whole chain of latents."""
         losses, policy, N = {}, self.policy, batch.max_steps
         if N == 0:
-            h = policy.hidden(batch.prefix, valid=batch.prefix_valid, places=batch.prefix_at)
+            h = policy.hidden(batch.prefix, places=batch.prefix_at)
         else:
             widths = batch.prefix.shape[1], batch.text.shape[1]
             cache = KVCache(N * self.config.thoughts_per_step + widths[1])
@@ -457,8 +458,7 @@ class LatentReasoner(nn.Module):
         embed, c = self.decoder.embed_tokens, z.shape[2]
         latents = z.flatten(0, 1).index_select(0, batch.decode_z).to(embed.weight.dtype)   # (P, c, d)
         inputs = torch.cat((latents, embed(batch.decode[:, :-1])), dim=1)
-        valid = F.pad(batch.decode_valid[:, 1:], (c, 0), value=True)  # all words but the last are read
-        h = self.decoder.hidden(embeds=inputs, valid=valid)[:, c - 1:].flatten(0, 1)
+        h = self.decoder.hidden(embeds=inputs)[:, c - 1:].flatten(0, 1)  # from the last latent on
         h, targets = (t.index_select(0, batch.decode_at) for t in (h, batch.decode.flatten()))
         return text_loss(self.decoder, h, targets, batch.decode_share.to(precise(h).dtype))
 
@@ -495,9 +495,11 @@ class LatentReasoner(nn.Module):
     # --- in words ---
 
     @torch.no_grad()
-    def plan_texts(self, z, steps, tokenizer, max_tokens=16, rows=512):
+    def plan_texts(self, z, steps, tokenizer, max_tokens=None, rows=512):
         """Per row of z (B, N, c, d), of which `steps` (B,) count, what each latent step says in words
         (greedy). All steps go through the decoder together, `rows` at a time to bound memory."""
+        # a step of the built-in task has 8 tokens, and may stand for more steps elsewhere
+        max_tokens = max_tokens or min(64, self.decoder.config.max_position_embeddings // 16)
         steps = steps.tolist()
         used = [b * z.shape[1] + k for b, n in enumerate(steps) for k in range(n)]
         z, words = z.flatten(0, 1)[torch.tensor(used, dtype=torch.long, device=z.device)], []
@@ -562,7 +564,7 @@ def checkpoints(path):
     if (path / "train.json").is_file() and (path / "latent.json").is_file():
         return [path]
     found = sorted((*path.glob("step-*/train.json"), *path.glob("*/step-*/train.json")))
-    runs = {file.parent.parent: file.parent for file in found}
+    runs = {file.parent.parent: file.parent for file in found}  # of a run the last one stays
     if not runs:
         raise FileNotFoundError(f"{path}: no checkpoint there (make one with `python train.py`, or name one)")
     return list(runs.values())

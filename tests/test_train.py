@@ -332,7 +332,9 @@ def test_a_pretrained_llama_has_the_released_recipe(llama):
     assert (cfg.rl_lr, cfg.questions_per_step, cfg.group, cfg.minibatch, cfg.rl_iters) == (1e-6, 16, 8, 16, 0)
     assert (cfg.rl_clip, cfg.latent_grad, cfg.std_norm, cfg.latent_mean) == (1, "score", True, False)
     assert (cfg.w_acc, cfg.w_fmt, cfg.w_coh, cfg.beta_kl, cfg.decode_coef) == (1, 0.5, 0.1, 1e-3, 1)
-    assert resolve(parse(["--init", llama, "--method", "simcot"])).max_steps == 3
+    for method, steps in (("atp", 10), ("simcot", 3), ("coconut", 3)):
+        cfg = resolve(parse(["--init", llama, "--method", method]))
+        assert (cfg.max_steps, cfg.epochs_per_stage * cfg.max_steps + cfg.final_epochs) == (steps, 25)
     assert resolve(parse(["--init", llama, "--method", "coconut", "--max_steps", "5"])).max_steps == 5
 
 

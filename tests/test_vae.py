@@ -83,7 +83,7 @@ def test_every_end_of_the_list_ends_an_answer_and_no_id_beyond_the_tokenizer_is_
     for noise in (None, draw(model, 8)):
         assert compare(model, questions, 1, noise).tokens.max() < 43
     if model.decoder is not None:
-        plans = model.plan_texts(torch.randn(40, 1, 2, 16), torch.ones(40).long(), words)
+        plans = model.plan_texts(torch.randn(40, 1, 2, 16), torch.ones(40).long(), words, max_tokens=16)
         texts = [text.split() for text, in plans]
         assert {len(text) for text in texts} > {16}
         assert not {t for text in texts for t in map(int, text)} & {5, 17, 30, *range(42, 60)}
