@@ -514,11 +514,13 @@ def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, vae, data, number, mo
 
 def test_a_second_signal_stops_at_once():
     run = Run(Config(), "vae")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     with pytest.raises(KeyboardInterrupt):
         with run.deferred_signals():
             os.kill(os.getpid(), signal.SIGINT)
             assert run.asked_to_stop()
             os.kill(os.getpid(), signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
 
 
 def test_resume_takes_the_divergence_from_the_same_start(tmp_path, vae, warm, rl, data, monkeypatch):
