@@ -225,8 +225,9 @@ def update(run, ddp, reference, optimizer, rollout, advantage, step, ids):
             with run.no_sync(ddp, i + 1 < len(batch)):
                 with run.autocast():
                     new = ddp(cut)
-                    loss, stats = objective(new, old or new.detached(), cut, a, cfg.minibatch,
-                                            cfg.ratio_clip, cfg.latent_coef, cfg.latent_mean)
+                    old = new.detached() if old is None else old
+                    loss, stats = objective(new, old, cut, a, cfg.minibatch, cfg.ratio_clip,
+                                            cfg.latent_coef, cfg.latent_mean)
                     if reference is not None:
                         origin = reference(cut)
                         # sampled latents are actions, by path too

@@ -467,8 +467,11 @@ def take_folder(run, lock):
     for leftover in run.dir.glob(".tmp-*"):
         shutil.rmtree(leftover)
     tidy(run, run.cfg.keep if run.resumed else 0)
-    if (run.dir / "metrics.jsonl").exists():
-        cut_metrics(run.dir / "metrics.jsonl", run.state["step"] if run.resumed else -1)
+    metrics = run.dir / "metrics.jsonl"
+    if run.resumed and metrics.exists():
+        cut_metrics(metrics, run.state["step"])
+    elif not run.resumed:
+        metrics.unlink(missing_ok=True)
     if run.cfg.resume:
         run.say(f"{run.name}: resumed at step {run.state['step']} ({run.resumed or 'no checkpoint'})")
 
@@ -556,19 +559,21 @@ def fit_micro_batch(run, stage):
     longest = sorted(run.train, key=len)[-size:]
     held = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]  # AdamW's
     noise = torch.zeros(size, run.cfg.max_steps, run.cfg.thoughts_per_step, model.policy.config.hidden_size)
-    while held:
+    while True:
         try:
             with run.autocast():
                 losses = model(moved(collate(longest[-size:], model.config, stage, noise[:size]), run.device))
             sum(losses.values()).backward()
-            held = None
+            break
         except torch.OutOfMemoryError:
             if size == 1:
                 raise ValueError("--micro_batch 0: not even one example fits on the device") from None
             size = -(-size // 2)
-        losses = None
-        model.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
+        finally:
+            losses = None
+            model.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+    del held
     size = torch.tensor(size, device=run.device)
     if run.world > 1:
         dist.all_reduce(size, dist.ReduceOp.MIN)

@@ -189,6 +189,13 @@ def test_new_tokens_begin_like_a_step(tmp_path, vae, data):
         evaluate(["--ckpt", str(tmp_path / "ckpt"), "--data", data])
 
 
+def test_a_new_run_replaces_a_broken_log(tmp_path, data):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "metrics.jsonl").write_text("a note\n")
+    train(command(tmp_path, data, "--max_iters", "1"))
+    assert [row["step"] for row in metrics(tmp_path / "vae")] == [1, 1]  # losses, validation
+
+
 def test_init_says_which_parts_are_new(tmp_path, data, vae, capsys):
     train(command(tmp_path, data, "--max_iters", "2", "--init", str(vae), "--method", "simcot"))
     started = ["--max_iters", "2", "--init", str(tmp_path), "--method", "atp"]
