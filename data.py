@@ -1,17 +1,15 @@
-"""Questions, answers and tokens: answer check, readers, tokenizer, built-in task, encoding, downloads.
+"""Questions, answers and tokens: answer check, readers, tokenizer, encoding, downloads.
 
     python data.py gsm8k svamp [--from DIR]     download these and check their SHA-256 (copy what DIR has)
 """
 import argparse
-import base64
 import functools
+import gzip
 import hashlib
 import json
-import random
 import re
 import sys
 import urllib.request
-import zlib
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -95,8 +93,12 @@ def parse_step(text):
 
 # --- readers ---
 
+ASSETS = Path(__file__).with_name("assets") / "builtin"  # the built-in task, made by tests/builtin_task.py
+TEST_SETS = ("in_dist", "hard", "reworded", "easy")  # like the paper's GSM8K, GSM-Hard, SVAMP, MultiArith
+BUILTIN = {"builtin": ("train", "valid"), "chain": ("train", "valid", "test"),
+           **{name: ("test",) for name in TEST_SETS}}
 # name -> split -> [file, SHA-256, address]
-DATASETS = json.loads(Path(__file__).with_name("assets").joinpath("datasets.json").read_text())
+DATASETS = json.loads(ASSETS.with_name("datasets.json").read_text())
 HELD_OUT = 500  # items at the end of "train" that are "valid" where a dataset has none
 FORMS = [  # keys of an item; the last is the answer
     ("question", "answer"),  # GSM8K; with "steps" Coconut, ATP-Latent; with "cot" GSM8K-Aug on hubs
@@ -109,9 +111,10 @@ def load(name, split, data_dir="data"):
     """The examples of one split ("train", "valid", "test") of a dataset, or of a user's file: "test" is all
     of it, "valid" the last 5 % (1 to HELD_OUT items), "train" the rest."""
     if name in BUILTIN:
-        return builtin(name, split)
-    is_own = name not in DATASETS
-    files = {"train": [name], "test": [name]} if is_own else DATASETS[name]
+        data_dir, files = ASSETS, {s: [f"{name}_{s}.txt.gz"] for s in BUILTIN[name]}
+    else:
+        files = DATASETS.get(name, {"train": [name], "test": [name]})
+    is_own = name not in BUILTIN and name not in DATASETS
     source = "train" if split == "valid" and "valid" not in files else split
     if source not in files:
         raise ValueError(f"{name} has no split '{split}'")
@@ -127,18 +130,21 @@ def load(name, split, data_dir="data"):
 
 
 def read_file(path, skip_bad=False):
-    """The examples of a JSON array or of lines. ValueError "file:line: what is wrong" at a bad item."""
+    """The examples of a JSON array or of lines, packed if built in. ValueError "file:line: what is wrong" at
+    a bad item."""
     path, examples = Path(path), []
-    text = path.read_text("utf-8-sig", "surrogateescape")  # `parse` refuses what is no UTF-8
+    name = path.name.removesuffix(".gz")
     try:
+        content = path.read_bytes() if path.parent != ASSETS else gzip.decompress(path.read_bytes())
+        text = content.decode("utf-8-sig", "surrogateescape")  # `parse` refuses what is no UTF-8
         items = _json(text) if text.lstrip().startswith("[") else text.split("\n")
     except Exception as error:
-        raise ValueError(f"{path}: broken JSON ({error})") from None
+        raise ValueError(f"{path}: broken ({error})") from None
     for number, item in enumerate(items, 1):
         if isinstance(item, str) and not item.strip():
             continue
         try:
-            examples.append(Example(*parse(item), f"{path.name}:{number}"))
+            examples.append(Example(*parse(item), f"{name}:{number}"))
         except Exception as error:
             if not skip_bad:
                 raise ValueError(f"{path}:{number}: {error}") from None
@@ -179,14 +185,8 @@ def parse(item):
 # --- tokenizer ---
 
 # How text is cut into pieces, within which bytes are merged. DIGITS_PATTERN also cuts at every digit.
-LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-                  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 GPT2_PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGITS_PATTERN = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
-LLAMA3_SPECIAL = [f"<|{name}|>" for name in [
-    "begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1",
-    "finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag",
-    *(f"reserved_special_token_{i}" for i in range(2, 247))]]
 EOS_NAMES = ("<|end_of_text|>", "<|im_end|>", "<|endoftext|>", "<eos>")
 MAX_TEXT = 250_000  # characters; millions of blanks overflow the stack of tiktoken's regex engine
 MAX_ID = 2**24
@@ -203,8 +203,8 @@ class Tokenizer:
     special: {name: id}; vocab_size: highest id + 1; bos_id, eos_id: int or None.
     """
 
-    def __init__(self, file, special=()):
-        """file: the content of a tokenizer.json; special: names of tokens to add."""
+    def __init__(self, file):
+        """file: the content of a tokenizer.json."""
         self.file, vocab, merges = file, file["model"]["vocab"], file["model"]["merges"]
         self.special = {token["content"]: token["id"] for token in file["added_tokens"]}
         ids = sorted((vocab | self.special).values())
@@ -224,34 +224,26 @@ class Tokenizer:
         pattern = _pattern(file["pre_tokenizer"])
         self._bpe = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         self.vocab_size = ids[-1] + 1
-        self.add_special(*special)
         self.bos_id = self.special.get("<|begin_of_text|>")
         self.eos_id = next((self.special[name] for name in EOS_NAMES if name in self.special), None)
 
     @classmethod
     def from_pretrained(cls, directory):
-        """Read [original/]tokenizer.model (Llama 3's), else tokenizer.json.
-
-        eos is tokenizer_config.json's, else the first of config.json, else one of EOS_NAMES.
-        """
-        names = ("original/tokenizer.model", "tokenizer.model", "tokenizer.json")
-        path = next((path for name in names if (path := Path(directory, name)).is_file()), None)
-        if path is None:
-            raise FileNotFoundError(f"{directory} has none of {', '.join(names)}")
-
-        def read(name):
-            nonlocal path
-            path = Path(directory, name)
-            return json.loads(path.read_bytes()) if path.is_file() else {}
-
+        """Read tokenizer.json. eos is tokenizer_config.json's, else the first of config.json, else one of
+        EOS_NAMES."""
+        path = Path(directory, "tokenizer.json")
+        if not path.is_file():
+            raise FileNotFoundError(f"{directory} has no tokenizer.json (a model's folder on a hub has one)")
         try:
-            self = cls(read(path.name)) if path.suffix == ".json" else cls._from_llama3(path)
-            stated = read("tokenizer_config.json")
+            self = cls(json.loads(path.read_bytes()))
+            path = path.with_name("tokenizer_config.json")
+            stated = json.loads(path.read_bytes()) if path.is_file() else {}
             for key in ("bos_token", "eos_token"):
                 if name := stated.get(key):
                     name = name["content"] if isinstance(name, dict) else name
                     setattr(self, key.replace("token", "id"), self.special[name])
-            ends = read("config.json").get("eos_token_id")
+            path = path.with_name("config.json")
+            ends = json.loads(path.read_bytes()).get("eos_token_id") if path.is_file() else None
             if ends is not None and not stated.get("eos_token"):
                 self.eos_id = ends[0] if isinstance(ends, list) else ends
                 if self.eos_id not in self.special.values():
@@ -259,30 +251,6 @@ class Tokenizer:
         except Exception as error:
             raise ValueError(f"{path} is broken or not supported: {error!r:.300}") from None
         return self
-
-    @classmethod
-    def _from_llama3(cls, path):
-        """Read lines of "base64 rank"."""
-        pairs = [line.split(b" ") for line in path.read_bytes().splitlines()]
-        tokens = [base64.b64decode(token, validate=True) for token, _ in pairs]
-        if [int(rank) for _, rank in pairs] != list(range(len(tokens))) or not {*BYTES} <= {*tokens}:
-            raise ValueError("a rank or a single byte is missing; download the file again")
-        return cls.from_tokens(tokens, LLAMA3_PATTERN, LLAMA3_SPECIAL)
-
-    @classmethod
-    def from_tokens(cls, tokens, pattern, special):
-        """tokens: bytes, each single byte among them. Ids are in order, those of `special` (names) last.
-        pattern: regex that cuts text into pieces, within which any two that spell a token are merged."""
-        tokens = [token.decode("latin-1").translate(BYTE_TO_CHAR) for token in tokens]
-        vocab = {token: id for id, token in enumerate(tokens)}
-        merges = [(token[:i], token[i:]) for token in tokens for i in range(1, len(token))
-                  if token[:i] in vocab and token[i:] in vocab]
-        byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
-        split = dict(type="Split", pattern={"Regex": pattern}, behavior="Isolated", invert=False)
-        return cls({
-            "version": "1.0", "model": dict(type="BPE", ignore_merges=True, vocab=vocab, merges=merges),
-            "pre_tokenizer": dict(type="Sequence", pretokenizers=[split, byte_level]), "decoder": byte_level,
-            "added_tokens": []}, special)
 
     def save_pretrained(self, directory):
         """Write tokenizer.json and tokenizer_config.json, which transformers reads as well."""
@@ -336,142 +304,6 @@ def _pattern(pre):
     if kind == ["Split", "Isolated", "ByteLevel", False, False]:
         return parts[0]["pattern"]["Regex"] + r"|(?s:.)"  # tiktoken drops what no alternative matches
     raise ValueError(f"pre_tokenizer {kind} is not supported")
-
-
-# --- built-in task ---
-
-# A question is a random expression tree in words; its nodes are the steps, in any order that puts children
-# first. The label shows a random one. A hash of the tree, without names and wording, decides the split.
-
-TEST_SETS = ("in_dist", "hard", "reworded", "easy")  # like the paper's GSM8K, GSM-Hard, SVAMP, MultiArith
-BUILTIN = {"builtin": dict(train=40_000, valid=1_000), **{name: dict(test=1_000) for name in TEST_SETS},
-           "chain": dict(train=40_000, valid=1_000, test=1_000)}  # in_dist where one order of steps is right
-NAMES = "Ada Ben Cleo Dan Eve Finn Gina Hugo".split()
-ITEMS = "coins cards books pens".split()
-THEN = 0.9  # share of changes to one count that are told of its owner ("Then Ada loses 3.")
-LARGEST = 40  # every number is from 1 to LARGEST, one token each
-
-# operation -> common and rare wording; "n" is a given number: "n+n" adds two of them, "+n" a count and one
-WORDING = {
-    "n+n": ("{x} has {m} {item} and {n} more.", "{x} owns {m} {item} plus {n}."),
-    "n-n": ("{x} has {m} {item} and loses {n}.", "{x} owns {m} {item} minus {n}."),
-    "n*n": ("{x} has {m} bags of {n} {item}.", "{x} owns {m} boxes of {n} {item}."),
-    "+n": ("{x} has {n} more than {y}.", "{x} owns {n} beyond {y}."),
-    "-n": ("{x} has {n} fewer than {y}.", "{x} owns {n} under {y}."),
-    "*n": ("{x} has {n} times as many as {y}.", "{x} owns {n} times what {y} owns."),
-    "then+n": ("Then {x} gets {n} more.", "Later {x} finds {n}."),
-    "then-n": ("Then {x} loses {n}.", "Later {x} drops {n}."),
-    "then*n": ("Then {x} makes it {n} times as many.", "Later {x} owns {n} times that."),
-    "+": ("{x} has as many as {y} and {z}.", "{x} owns what {y} and {z} own."),
-    "-": ("{x} has as many as {y} without {z}.", "{x} owns what {y} owns less {z}."),
-    "ask": ("How many {item} does {x} have?", "What number of {item} is with {x}?"),
-}
-
-
-class _Node:
-    """Somebody's count: the result of one step. `key` is its expression without names, wording and order."""
-
-    def __init__(self, sign, value, numbers, children):
-        self.value, self.numbers, self.children = value, numbers, children
-        self.op = "n" * (not children) + sign + "n" * bool(numbers)
-        operands = [*(child.value for child in children), *numbers]
-        self.step = f"<<{sign.join(map(str, operands))}={value}>>"
-        keys = [*(child.key for child in children), *map(str, numbers)]
-        self.key = f"({sign} {' '.join(sorted(keys) if sign == '+' else keys)})"
-        self.nodes = [self, *(node for child in reversed(children) for node in child.nodes)]
-
-
-def _tree(rng, steps, wide, branch):
-    """A random expression of `steps` operations, or None where a value leaves 1..20 (wide: 1..LARGEST)."""
-    first, second, largest = ((8, 25), (5, 20), LARGEST) if wide else ((2, 12), (1, 9), 20)
-    if steps > 2 and rng.random() < branch:
-        left = rng.randint(1, steps - 2)
-        children = [_tree(rng, n, wide, branch) for n in (left, steps - 1 - left)]
-        sign, numbers = rng.choice("++-"), []
-    else:
-        children = [_tree(rng, steps - 1, wide, branch)] if steps > 1 else []
-        sign = rng.choice("+-*")
-        numbers = [rng.randint(*((2, 3) if sign == "*" else second))]
-        if not children:
-            numbers.insert(0, rng.randint(*first))
-    if None in children:
-        return None
-    if sign == "-" and not numbers:
-        children.sort(key=lambda child: -child.value)
-    a, b = [child.value for child in children] + numbers
-    value = {"+": a + b, "-": a - b, "*": a * b}[sign]
-    return _Node(sign, value, numbers, children) if 1 <= value <= largest else None
-
-
-def _random_order(rng, nodes):
-    """`nodes` in a random order in which each comes after its children."""
-    order = []
-    while len(order) < len(nodes):
-        ready = [n for n in nodes if n not in order and all(c in order for c in n.children)]
-        order.append(rng.choice(ready))
-    return order
-
-
-def _problem(rng, bucket, lengths, wide, branch, rare, distracted):
-    """(question, steps, answer), whose tree hashes to `bucket` (0 test, 1 validation, 2 training).
-
-    Probabilities: wide (large numbers), branch (a step on two results, in any order), rare (the rare
-    wording), distracted (a statement that the answer does not need).
-    """
-    distracted = rng.random() < distracted
-    root, length = None, rng.choice(lengths)
-    while root is None or min(zlib.crc32(root.key.encode()) % 8, 2) != bucket:
-        root = _tree(rng, length, rng.random() < wide, branch)
-    nodes = list(root.nodes)
-    steps = tuple(n.step for n in _random_order(rng, nodes))
-    if distracted:
-        number, is_first = rng.randint(2, 9), rng.random() < 0.5
-        nodes.append(_Node("+", None, [rng.randint(2, 12), number], []) if is_first else
-                     _Node("+", None, [number], [rng.choice(nodes)]))
-    same_owner = {n for n in nodes if n.value and n.numbers and n.children and rng.random() < THEN}
-    names, owner = iter(rng.sample(NAMES, len(NAMES))), {}
-    for n in reversed(nodes):  # children first: a count that changes keeps its owner
-        owner[n] = owner[n.children[0]] if n in same_owner else next(names)
-    item, wording, said = rng.choice(ITEMS), int(rng.random() < rare), []
-    for n in _random_order(rng, nodes):
-        operands = dict(zip("nm", reversed(n.numbers))) | dict(zip("yz", map(owner.get, n.children)))
-        sentence = WORDING["then" * (n in same_owner) + n.op][wording]
-        said.append(sentence.format(x=owner[n], item=item, **operands))
-    said.append(WORDING["ask"][wording].format(x=owner[root], item=item))
-    return " ".join(said), steps, str(root.value)
-
-
-@functools.cache
-def builtin(name, split):
-    """The examples of a built-in set, always the same in the same order."""
-    if split not in BUILTIN[name]:
-        raise ValueError(f"built-in set '{name}' has no split '{split}'")
-    mixed = [2] * 6 + [3] * 6 + [4] * 4 + [5] * 2 + [6] * 2
-    settings = {  # number of steps, and the probabilities of _problem
-        "hard": ((5, 6), 1.0, 0.3, 0.0, 0.0), "reworded": (mixed, 0.0, 0.3, 1.0, 1.0),
-        "easy": ((2, 3), 0.0, 0.3, 0.0, 0.0), "chain": (mixed, 0.1, 0.0, 0.0, 0.0),
-    }.get(name, (mixed, 0.1, 0.3, 0.1, 0.1))
-    rng, examples = random.Random(f"{name} {split}"), {}
-    bucket = ("test", "valid", "train").index(split)
-    while len(examples) < BUILTIN[name][split]:
-        problem = _problem(rng, bucket, *settings)
-        examples.setdefault(problem[0], Example(*problem, f"{name}_{split}:{len(examples) + 1}"))
-    return list(examples.values())
-
-
-BUILTIN_PIECES = r"### | ?[A-Za-z]+(?: (?=[0-9]))?|[0-9]{1,2}|<<|>>\n?|\?\n?|[\s\S]"
-
-
-def builtin_tokenizer():
-    """Each word and number is one token. The space before a number is the word's, so that the number is the
-    same token in questions and in steps."""
-    words = {"### ", "?\n", ">>", ">>\n", "<<", *map(str, range(10, LARGEST + 1)), *NAMES}
-    for text in sum(WORDING.values(), ()):
-        for name, item in zip(NAMES, ITEMS * 2):
-            said = "Ada. " + text.format(x=name, y=name, z=name, m=1, n=1, item=item)
-            words.update(re.findall(BUILTIN_PIECES, said))
-    tokens = BYTES + [word.encode() for word in sorted(words) if len(word) > 1]
-    return Tokenizer.from_tokens(tokens, BUILTIN_PIECES, ["<|end_of_text|>"])
 
 
 # --- encoding ---

@@ -1,11 +1,8 @@
-"""Evaluate checkpoints: accuracy, tokens, coherence, pass@k, plans in words; compare runs over seeds.
+"""Evaluate a checkpoint: accuracy, tokens, coherence, pass@k, plans in words.
 
     python eval.py --ckpt out/rl --data gsm8k svamp --samples 8 --explain 5 --json results.json
-    python eval.py --compare out_0 out_1 out_2
 """
 
-import os
-import re
 from collections import Counter
 from itertools import zip_longest
 from math import comb
@@ -17,7 +14,7 @@ from tqdm import tqdm
 from data import TEST_SETS, Parser, Tokenizer, cli, encode_all, extract_answer, is_correct, load
 from model import write_json
 from rl import coherence
-from vae import (LatentReasoner, Noise, check_vocabulary, checkpoints, device_of, find_checkpoint, generator,
+from vae import (LatentReasoner, Noise, check_vocabulary, device_of, find_checkpoint, generator,
                  read_state)
 
 
@@ -48,7 +45,7 @@ def evaluate(model, tokenizer, encoded, batch_size=128, samples=0, seed=0, max_t
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             rollout = model.rollout(questions, max_tokens=limit)
             if model.decoder is not None:
-                plans = model.plan_texts(rollout.z, rollout.steps, tokenizer)
+                plans = model.plan_texts(rollout.plan.z, rollout.plan.steps, tokenizer)
             if samples:  # with noise that no other question and no batch size changes
                 d = policy.hidden_size
                 noise = [Noise.draw(samples, config, d, limit, generator(seed, i)) for i in part]
@@ -56,7 +53,7 @@ def evaluate(model, tokenizer, encoded, batch_size=128, samples=0, seed=0, max_t
                 sampled = model.rollout(questions, samples, noise, limit, temperature, latent_temperature)
                 sampled, _ = model.texts(sampled.tokens, sampled.lengths, tokenizer)
         texts, ended = model.texts(rollout.tokens, rollout.lengths, tokenizer)
-        steps, lengths = rollout.steps.tolist(), rollout.lengths.tolist()
+        steps, lengths = rollout.plan.steps.tolist(), rollout.lengths.tolist()
         for j, i in enumerate(part):
             example, latents = encoded[i].example, steps[j] * config.thoughts_per_step
             results[i] = vars(example) | {
@@ -98,37 +95,14 @@ def table(rows, names=("tokens", "coherence")):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def gather(folders):
-    """{row: {seed: record}} of all runs in the folders. A row is named by its folder with a * for the seed:
-    few_0/vae and few_1/vae are few_*/vae. ValueError: a row has a seed twice."""
-    rows, found = {}, [ckpt.resolve() for folder in folders for ckpt in checkpoints(folder)]
-    root = os.path.commonpath([ckpt.parents[1] for ckpt in found])
-    for ckpt in found:
-        config, name = read_state(ckpt)["config"], os.path.relpath(ckpt.parent, root)
-        row = re.sub(rf"(?<!\d){config['seed']}(?![^\W_])", "*", name, count=1)
-        record = {"row": row, "checkpoint": str(ckpt), "config": config, "benchmarks": {}, "explained": {}}
-        if rows.setdefault(row, {}).setdefault(config["seed"], record) is not record:
-            raise ValueError(f"--compare: {ckpt.parent} is the second run of seed {config['seed']} in {row}")
-    return rows
-
-
-def compare(rows, base):
-    """Rows of `table` from {row: {seed: record}}, with differences to row `base`, paired by seed."""
-    for row in rows.keys() - {base}:
-        for seed in rows[row].keys() & rows[base].keys():
-            for name, start in rows[base][seed]["benchmarks"].items():
-                figures = rows[row][seed]["benchmarks"][name]
-                figures[f"to {base}"] = figures["accuracy"] - start["accuracy"]
-    return [(row, *(record["benchmarks"] for record in seeds.values())) for row, seeds in rows.items()]
-
-
-def measure(record, data, args):
-    """Evaluate the checkpoint of a record on {test set: examples}, and print the questions of --explain."""
-    ckpt, device = record["checkpoint"], device_of(args.device)
+def measure(ckpt, data, args):
+    """Evaluate a checkpoint on {test set: examples}, and print the questions of --explain. Returns a record:
+    its configuration, the figures of each set, what was printed."""
+    device = device_of(args.device)
     auto = "auto" if device.type == "cuda" else None
-    model = LatentReasoner.from_pretrained(ckpt, device=device)
-    tokenizer = Tokenizer.from_pretrained(ckpt)
+    model, tokenizer = LatentReasoner.from_pretrained(ckpt, device=device), Tokenizer.from_pretrained(ckpt)
     check_vocabulary(tokenizer, model.policy, ckpt)
+    record = {"checkpoint": str(ckpt), **read_state(ckpt), "benchmarks": {}, "explained": {}}
     for llama in model.llamas() if args.compile in ("yes", auto) else ():
         llama.compile_blocks()
     for name, examples in data.items():
@@ -146,6 +120,7 @@ def measure(record, data, args):
             for step, reference in zip_longest(r["plan"], r["steps"], fillvalue=""):
                 print(f"  {step:<20} reference: {reference}")
             print(f"  {r['text']:<20} reference: {r['answer']} ({'right' if r['accuracy'] else 'wrong'})\n")
+    return record
 
 
 FLAGS = {  # default, or choices of which it is the first; help
@@ -163,44 +138,41 @@ FLAGS = {  # default, or choices of which it is the first; help
     "device": (("auto", "cpu", "cuda"), "auto: a GPU if there is one"),
     "dtype": (("auto", "float32", "bfloat16"), "auto: bfloat16 on a GPU"),
     "compile": (("auto", "yes", "no"), "auto: on a GPU"),
-    "json": ("", "file for configurations and figures"),
-    "baseline": ("", "run whose row others are compared with (the first)")}
+    "json": ("", "file for configuration and figures")}
 
 
-def main(argv=None):
+def parser():
     p = Parser(description=__doc__.split("\n")[0])
     p.add_argument("--data", nargs="+", default=TEST_SETS, help=f"sets or files [{' '.join(TEST_SETS)}]")
-    p.add_argument("--compare", nargs="+", metavar="DIR", help="instead of --ckpt: all runs in these folders")
     for name, (default, text) in FLAGS.items():
         choices = default if type(default) is tuple else None
         default = choices[0] if choices else default
         p.add_argument(f"--{name}", type=type(default), choices=choices, default=default,
                        help=f"{text} [{default}]")
-    args = p.parse_args(argv)
+    return p
+
+
+def read_sets(args):
+    """{test set: examples} of --data. ValueError for a flag out of range."""
     for name, value in vars(args).items():
         least = int(name in ("batch_size", "max_tokens"))
         if type(value) in (int, float) and not least <= value < 2**32:
             raise ValueError(f"--{name} {value}: must be from {least} to 2^32 - 1")
     if args.json:
         open(args.json, "a").close()  # what cannot be written fails now, not after the work
-    data = {name: load(name, args.split, args.data_dir)[:args.limit or None] for name in args.data}
-    rows = gather(args.compare or [find_checkpoint(args.ckpt)])
-    records = [r for seeds in rows.values() for r in seeds.values()]
-    start = str(find_checkpoint(args.baseline).resolve()) if args.baseline else records[0]["checkpoint"]
-    base = [r["row"] for r in records if r["checkpoint"] == start]
-    if not base:
-        raise ValueError(f"--baseline {args.baseline}: not one of the runs that --compare names")
-    for record in records:
-        measure(record, data, args)
-    run = records[0]["benchmarks"]
+    return {name: load(name, args.split, args.data_dir)[:args.limit or None] for name in args.data}
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    data = read_sets(args)
+    record = measure(find_checkpoint(args.ckpt), data, args)
+    run = record["benchmarks"]
     names = [name for name in over_sets(run) if name != "accuracy"]
-    if args.compare:
-        print(table(compare(rows, base[0]), [f"to {base[0]}", *names[1:]]))
-    else:
-        sets = {**run, "mean": over_sets(run)} if len(run) > 1 else run
-        print(table([(name, {"accuracy %": figures}) for name, figures in sets.items()], names))
+    sets = {**run, "mean": over_sets(run)} if len(run) > 1 else run
+    print(table([(name, {"accuracy %": figures}) for name, figures in sets.items()], names))
     if args.json:
-        write_json(args.json, records if args.compare else records[0])
+        write_json(args.json, record)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def score(model, rollout, examples, tokenizer, w_acc=1.0, w_fmt=0.5, w_coh=0.1):
     if model.decoder is not None and w_coh:
         decoded = correct if w_acc else torch.ones_like(correct)
         rows = decoded.nonzero().flatten().tolist()
-        plans = model.plan_texts(rollout.z[rows], rollout.steps[rows], tokenizer)
+        plans = model.plan_texts(rollout.plan.z[rows], rollout.plan.steps[rows], tokenizer)
         for row, plan in zip(rows, plans):
             coherent[row] = coherence(plan, extract_answer(texts[row]))
     reward = w_acc * correct + w_fmt * form + w_coh * coherent
@@ -86,36 +86,36 @@ class LogProbs(nn.Module):
 
     def forward(self, rollout, fixed=False):
         """fixed: hold latents fixed by path too, which else has no latent, mu and logvar."""
-        policy, config = self.model.policy, self.model.config
-        (B, N, c, _), A = rollout.z.shape, rollout.tokens.shape[1]
-        used, written = first(rollout.steps, N), first(rollout.lengths, A)
+        policy, config, plan, prefix = self.model.policy, self.model.config, rollout.plan, rollout.prefix
+        (B, N, c, _), A = plan.z.shape, rollout.tokens.shape[1]
+        used, written = first(plan.steps, N), first(rollout.lengths, A)
         cache = KVCache(N * c + A, rollout.group)
-        h0 = policy.hidden(rollout.prefix, None, cache, rollout.prefix_valid, rollout.prefix_at)
-        h0 = last(h0, rollout.prefix_valid).repeat_interleave(rollout.group, dim=0)  # (B, d)
+        h0 = policy.hidden(prefix.ids, cache=cache, valid=prefix.valid, places=prefix.places)
+        h0 = last(h0, prefix.valid).repeat_interleave(rollout.group, dim=0)  # (B, d)
         skip = 0 if config.latent else 1  # the prefix gives the first token
         text = nn.functional.pad(rollout.tokens[:, :-1], (1, 0), value=config.end_id)[:, skip:]
         latent = stop = mu = logvar = None
         if config.latent and self.path and not fixed:
-            plan = self.model.think(h0, cache, rollout.steps, N, rollout.eps)  # which the cache now holds
-            stop = plan.stop_logits
+            # the cache keeps the latents
+            stop = self.model.think(h0, cache, plan.steps, N, rollout.eps).stop_logits
             h = policy.hidden(text, cache=cache, valid=written)
         else:
             text = policy.embed_tokens(text)
-            inputs = torch.cat((rollout.z.flatten(1, 2).to(text.dtype), text), dim=1)
+            inputs = torch.cat((plan.z.flatten(1, 2).to(text.dtype), text), dim=1)
             valid = torch.cat((used.repeat_interleave(c, dim=1), written[:, skip:]), dim=1)
             h = h0[:, None]  # and the state after each input
             if inputs.shape[1]:
                 h = torch.cat((h, policy.hidden(embeds=inputs, cache=cache, valid=valid)), dim=1)
             if config.vae:
                 mu, logvar = self.model.latent(h[:, :N * c].unflatten(1, (N, c)))
-                logp = gaussian_logp(rollout.z, mu, logvar + 2 * np.log(self.latent_temperature))
+                logp = gaussian_logp(plan.z, mu, logvar + 2 * np.log(self.latent_temperature))
                 latent = logp * used[..., None]
             if config.stop:
-                seen = nn.functional.pad(rollout.z[:, :, 0], (0, 0, 0, 1))  # (B, N + 1, d)
-                seen[torch.arange(B, device=seen.device), rollout.steps] = rollout.stop_z
+                seen = nn.functional.pad(plan.z[:, :, 0], (0, 0, 0, 1))  # (B, N + 1, d)
+                seen[torch.arange(B, device=seen.device), plan.steps] = plan.stop_z
                 stop = precise(self.model.stop_head(seen.to(text.dtype)))
         if stop is not None:
-            stop = stop_terms(stop, rollout.steps, rollout.stopped)
+            stop = stop_terms(stop, plan.steps, plan.stopped)
         logits = precise(policy.logits(h[:, -A:])[..., :config.vocab_size]) / self.temperature
         token = logits.log_softmax(dim=-1).gather(-1, rollout.tokens[..., None]).squeeze(-1)
         return Terms(latent, stop, token * written, mu, logvar)
@@ -127,14 +127,14 @@ def divergence(new, reference, rollout):
     Means over latents (closed form, summed over d), stops and tokens: q/p - log q/p - 1, p the policy, q
     the reference (GRPO, arXiv 2402.03300, equation 4). Its mean over samples of p is KL(p || q). Its
     gradient, samples fixed, is that of KL(q || p): p goes up where q is larger."""
-    steps, N, parts = rollout.steps, rollout.z.shape[1], []
+    steps, N, parts = rollout.plan.steps, rollout.plan.z.shape[1], []
     if new.mu is not None:  # in the units of the reference, which is N(0, 1) there
         mu = (new.mu - reference.mu) * torch.exp(-0.5 * reference.logvar)
         kl = gaussian_kl(mu, new.logvar - reference.logvar) * mu.shape[-1]  # (B, N, c)
         parts.append(masked_mean(kl, first(steps, N)[..., None].expand_as(kl)))
     choices = [(new.token, reference.token, first(rollout.lengths, new.token.shape[1]))]
     if new.stop is not None:
-        taken = first(steps, N + 1) | stop_places(steps, rollout.stopped, N + 1)
+        taken = first(steps, N + 1) | stop_places(steps, rollout.plan.stopped, N + 1)
         choices.append((new.stop, reference.stop, taken))
     for p, q, mask in choices:
         log_ratio = q - p
@@ -147,7 +147,7 @@ def objective(new, old, rollout, advantage, total, clip=0.2, latent_coef=1.0, la
     """PPO-clipped loss, a share of the mean over `total` rollouts, and statistics. new, old: Terms of the
     weights now and before the update. In each rollout latents and stop (times latent_coef) and tokens are
     averaged apart. latent_mean: densities are means over d."""
-    (_, N, c, d), steps = rollout.z.shape, rollout.steps
+    (_, N, c, d), steps = rollout.plan.z.shape, rollout.plan.steps
     diffs, masks = [], []
     if new.latent is not None:
         density = (new.latent - old.latent) / (d if latent_mean else 1)  # (B, N, c)
@@ -156,7 +156,7 @@ def objective(new, old, rollout, advantage, total, clip=0.2, latent_coef=1.0, la
         diffs.append(density.flatten(1))
         masks.append(first(steps, N).repeat_interleave(c, dim=1))
     if new.stop is not None:
-        ends = stop_places(steps, rollout.stopped, N + 1)
+        ends = stop_places(steps, rollout.plan.stopped, N + 1)
         diffs.append(new.stop - old.stop)
         masks.append(ends if new.latent is not None else ends | first(steps, N + 1))
     sides = {"token": (new.token - old.token, first(rollout.lengths, new.token.shape[1]), 1.0)}
@@ -191,9 +191,12 @@ def rl_step(run, ddp, reference, optimizer, examples, tokenizer, step):
         result = score(model, rollout, [e.example for e in mine], tokenizer, cfg.w_acc, cfg.w_fmt, cfg.w_coh)
     scored = time.time()
     advantage = advantages(result["reward"], G, cfg.std_norm)
-    latents = rollout.steps * cfg.thoughts_per_step
-    result |= dict(latents=latents, advantage=advantage.abs(), sigma=rollout.sigma)
-    stats = run.mean({k: v.sum() * run.world / (Q * G) for k, v in result.items() if v is not None})
+    plan = rollout.plan
+    result |= dict(latents=plan.steps * cfg.thoughts_per_step, advantage=advantage.abs())
+    if plan.logvar is not None:
+        sigma = (plan.logvar * 0.5).exp().mean(dim=(2, 3))  # (B, N)
+        result["sigma"] = masked_mean(sigma, first(plan.steps, sigma.shape[1]))
+    stats = run.mean({k: v.sum() * run.world / (Q * G) for k, v in result.items()})
     stats["coherence"] /= max(stats.pop("decoded"), 1 / (Q * G))  # of the plans that were decoded
     if stats["advantage"] > 0:
         model.train()

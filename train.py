@@ -31,8 +31,8 @@ from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-from data import BUILTIN, DATASETS, TEST_SETS, Parser, Tokenizer, builtin_tokenizer, cli, encode_all, load
-from eval import evaluate, table
+import eval
+from data import ASSETS, BUILTIN, DATASETS, TEST_SETS, Parser, Tokenizer, cli, encode_all, load
 from model import LLaMA, LLaMAConfig, save_tensors, write_json
 from rl import LogProbs, rl_step
 from vae import (END, METHODS, RL_ORDER, SFT_NOISE, START, WEIGHTS, LatentConfig, LatentReasoner,
@@ -48,6 +48,7 @@ def setting(default, note, **more):
     return field(default=default, metadata={"note": note, **more})
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STAGES = ("all", "cot", "vae", "rl")
 DTYPES = ("auto", "float32", "bfloat16")
 AUTO = dict(choices=("auto", "yes", "no"))
@@ -272,19 +273,10 @@ class Run:
                                      f"stands (batch: {', '.join(ids)})")
         return norm
 
-    @contextmanager
-    def deferred_signals(self):
+    def ask_to_stop(self, number, _):
         """Ctrl-C and SIGTERM let the step end and a checkpoint be written. A second one stops at once."""
-        def ask(number, _):
-            self.signal = number
-            signal.signal(number, before[number])
-
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
 
     def asked_to_stop(self):
         """The same answer on all processes: a signal may reach them at different steps."""
@@ -323,39 +315,39 @@ def set_lr(optimizer, peak, least, progress, warm):
 
 
 def build(cfg, run):
-    """Model and tokenizer that cfg asks for. A checkpoint of another method gives the parts that both have;
-    RL refuses parts that were never trained."""
+    """Model and tokenizer that cfg asks for. Of a checkpoint with other parts (heads, decoder) only the
+    policy is kept; RL refuses it."""
     torch.manual_seed(generator(cfg.seed, WEIGHTS).initial_seed())
-    init, model = cfg.init, None
-    tokenizer = Tokenizer.from_pretrained(init) if init else builtin_tokenizer()
+    init, model, tokenizer = cfg.init, None, Tokenizer.from_pretrained(cfg.init or ASSETS)
+    switches = {part: getattr(cfg, part) for part in ("vae", "stop", "decode")}
+    switches = {part: value == "yes" for part, value in switches.items() if value != "auto"}
+    parts = METHODS[cfg.method] | switches
     if init and (Path(init) / "latent.json").is_file():
-        model = LatentReasoner.from_pretrained(init, device=run.device)
+        model = LatentReasoner.from_pretrained(init, device=run.device, decode=parts["decode"])
         policy = model.policy
-    elif cfg.stage == "rl":
-        raise ValueError(f"--stage rl starts from a checkpoint of --stage vae; {init} is a bare LLaMA")
     elif init:
         policy = LLaMA.from_pretrained(init, device=run.device)
     if init:
         check_vocabulary(tokenizer, policy, init)
+    known = START in tokenizer.special
     start, end = tokenizer.add_special(START, END)
-    switches = {part: getattr(cfg, part) for part in ("vae", "stop", "decode")}
-    switches = {part: value == "yes" for part, value in switches.items() if value != "auto"}
-    latent = LatentConfig(**METHODS[cfg.method] | switches, method=cfg.method, max_steps=cfg.max_steps,
-                          thoughts_per_step=cfg.thoughts_per_step, start_id=start, end_id=end,
-                          eos_id=tokenizer.end_id(), vocab_size=tokenizer.vocab_size)
-    if model:
-        model, new = model.reconfigured(latent)
-        if new and cfg.stage == "rl":
-            raise ValueError(f"--stage rl: {init} has no {new[0]}; train it first (--stage vae)")
-        if new:
-            run.say(f"{run.name}: not in {init}, made new: {', '.join(new)}")
-        return model.to(run.device), tokenizer
     if not init:
         policy = LLaMA(LLaMAConfig(
             tokenizer.vocab_size, cfg.hidden_size, cfg.intermediate_size, cfg.layers, cfg.heads, cfg.heads,
             cfg.hidden_size // cfg.heads, max_position_embeddings=cfg.context, eos_token_id=tokenizer.eos_id))
-    like = tokenizer.encode_ordinary("<<")  # what a step begins with
-    policy.add_tokens([start, end], like[0] if len(like) == 1 else None)
+    latent = LatentConfig(**parts, method=cfg.method, max_steps=cfg.max_steps, start_id=start, end_id=end,
+                          thoughts_per_step=cfg.thoughts_per_step, eos_id=tokenizer.end_id(),
+                          vocab_size=tokenizer.vocab_size)
+    if model and all(getattr(model.config, part) == parts[part] for part in ("head", "stop", "decode")):
+        model.configure(latent)
+        return model, tokenizer
+    if run.name == "rl":
+        raise ValueError(f"--stage rl: {init} has not the parts that RL is to train; make it by --stage vae")
+    if model:
+        run.say(f"{run.name}: {init} has other parts (heads, decoder): only its policy is kept")
+    if not known:
+        like = tokenizer.encode_ordinary("<<")  # what a step begins with
+        policy.add_tokens([start, end], like[0] if len(like) == 1 else None)
     return LatentReasoner(policy, latent).to(run.device), tokenizer
 
 
@@ -450,8 +442,12 @@ def begin(cfg, name, given):
     try:
         if run.main:
             take_folder(run, lock)
-        with run.deferred_signals():
+        handlers = {number: signal.signal(number, run.ask_to_stop) for number in SIGNALS}
+        try:
             yield run
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         if run.signal:  # it came while the last checkpoint was written
             raise SystemExit(128 + run.signal)
     finally:
@@ -506,7 +502,7 @@ def validate(run, stage):
     if run.model.config.latent and stage == 0:
         return False
     mine, best = run.valid[run.rank::run.world], run.state["best"]
-    figures, _ = evaluate(run.model, run.tokenizer, mine, bf16=run.bf16)
+    figures, _ = eval.evaluate(run.model, run.tokenizer, mine, bf16=run.bf16)
     share = len(mine) * run.world / len(run.valid)
     figures = run.mean({k: v * share for k, v in figures.items() if k != "n"})
     run.model.train()
@@ -632,16 +628,16 @@ def train_supervised(cfg, name, given):
 
 def make_reference(run):
     """LogProbs of the policy that RL began with, for --kl_coef. A resumed run reads it again."""
-    init, latent = run.cfg.init, replace(run.model.config, decode=False)
-    start = LatentReasoner.from_pretrained(init, device=run.device, decode=False).reconfigured(latent)[0]
+    start = LatentReasoner.from_pretrained(run.cfg.init, device=run.device, decode=False)
+    start.configure(replace(run.model.config, decode=False))
     start.requires_grad_(False)
-    trained = read_state(init)
+    trained = read_state(run.cfg.init)
     if run.state.setdefault("start", trained) != trained:
-        raise ValueError(f"{init} is not the checkpoint that this run began with: name that one by --init")
+        raise ValueError(f"--init {run.cfg.init} is not the checkpoint that this run began with")
     if run.compile:
         start.policy.compile_blocks()
     # latents that are not sampled are no actions: the reference makes its own
-    return LogProbs(start, run.cfg.temperature, "score" if latent.vae else run.cfg.latent_grad)
+    return LogProbs(start, run.cfg.temperature, "score" if start.config.vae else run.cfg.latent_grad)
 
 
 def train_rl(cfg, name, given):
@@ -683,18 +679,13 @@ def train_rl(cfg, name, given):
 def report(cfg, runs):
     """The closing table of {label: run's folder}, greedy: on the built-in test sets, the data's test split or
     what was held out of a user's file."""
-    run, rows = Run(cfg, "report"), []
+    sets = TEST_SETS if cfg.data == "builtin" else (cfg.data,)
     split = "test" if cfg.data in (*BUILTIN, *DATASETS) else "valid"
-    for label, folder in runs.items():
-        ckpt, figures = find_checkpoint(folder), {}
-        model = LatentReasoner.from_pretrained(ckpt, device=run.device)
-        tokenizer = Tokenizer.from_pretrained(ckpt)
-        for name in TEST_SETS if cfg.data == "builtin" else (cfg.data,):
-            examples = load(name, split, cfg.data_dir)
-            encoded, _ = encode_all(examples, tokenizer, model.policy.config.max_position_embeddings)
-            figures[name], _ = evaluate(model, tokenizer, encoded, bf16=run.bf16)
-        rows.append((label, figures))
-    print(table(rows))
+    args = eval.parser().parse_args(["--data", *sets, "--split", split, "--data_dir", cfg.data_dir,
+                                      "--device", cfg.device, "--dtype", cfg.dtype, "--compile", cfg.compile])
+    data = eval.read_sets(args)
+    records = {label: eval.measure(find_checkpoint(folder), data, args) for label, folder in runs.items()}
+    print(eval.table([(label, record["benchmarks"]) for label, record in records.items()]))
 
 
 def main(argv=None):

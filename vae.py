@@ -107,16 +107,24 @@ def last(h, valid):
     return h[torch.arange(len(h), device=h.device), valid.sum(dim=1) - 1]
 
 
-def pad(rows, value=0):
-    """Lists of ids -> a right-padded int64 tensor (B, T), and the bool mask of what is no padding."""
-    width = max([1, *map(len, rows)])
-    ids = torch.tensor([row + [value] * (width - len(row)) for row in rows], dtype=torch.long)
-    return ids.view(-1, width), first(torch.tensor([len(row) for row in rows], dtype=torch.long), width)
+class Padded(NamedTuple):
+    """Right-padded rows of token ids."""
 
+    ids: torch.Tensor     # (B, T)
+    valid: torch.Tensor   # (B, T) bool
+    places: torch.Tensor  # (M,) of the valid ones in the flat (B * T)
 
-def places_of(mask):
-    """The places (M,) of a flattened mask that are set. On a GPU the CPU waits for their number."""
-    return mask.flatten().nonzero()[:, 0]
+    @classmethod
+    def of(cls, rows):
+        width = max([1, *map(len, rows)])
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.long).view(-1, width)
+        valid = first(torch.tensor([len(row) for row in rows], dtype=torch.long), width)
+        return cls(ids, valid, valid.flatten().nonzero()[:, 0])
+
+    def rows(self, chosen):
+        """These rows. On a GPU the CPU waits for the number of places."""
+        valid = self.valid[chosen]
+        return Padded(self.ids[chosen], valid, valid.flatten().nonzero()[:, 0])
 
 
 def generator(*ids):
@@ -135,9 +143,11 @@ def device_of(name):
 
 def moved(record, device):
     """A NamedTuple with its tensors on `device`. A copy from pinned memory does not make the CPU wait."""
-    pin = device.type == "cuda"
-    return record._make(v if not torch.is_tensor(v) else v.pin_memory().to(device, non_blocking=True) if pin
-                        else v.to(device) for v in record)
+    if isinstance(record, tuple):
+        return record._make(moved(v, device) for v in record)
+    if not torch.is_tensor(record) or device.type == "cpu":
+        return record
+    return record.pin_memory().to(device, non_blocking=True)
 
 
 # --- batches of the supervised stage ---
@@ -146,11 +156,8 @@ class Batch(NamedTuple):
     """One micro-batch. Losses are weighed as parts of the global batch's mean, so that they and their
     gradients add up. All places are found here, on the CPU: a GPU is never asked for them."""
 
-    prefix: torch.Tensor        # (B, S) question and <|start-latent|>; without latents: question and text
-    prefix_valid: torch.Tensor  # (B, S) bool
-    prefix_at: torch.Tensor     # (M,) places in the flat (B * S) that are valid
-    text: torch.Tensor          # (B, T) <|end-latent|>, remaining steps, answer; without latents: = prefix
-    text_valid: torch.Tensor    # (B, T) bool
+    prefix: Padded              # (B, S) question and <|start-latent|>; without latents: question and text
+    text: Padded                # (B, T) <|end-latent|>, remaining steps, answer; without latents: = prefix
     answer_at: torch.Tensor     # (A,) places in the flat (B * T) where a token is asked for
     answer: torch.Tensor        # (A,) that token
     answer_share: float         # 1 / tokens asked for in the global batch
@@ -158,10 +165,9 @@ class Batch(NamedTuple):
     steps: torch.Tensor         # (B,) latent steps
     max_steps: int              # their maximum, N
     stops: torch.Tensor         # (B,) bool: the plan ends here, and the stop head must say so
-    decode: torch.Tensor        # (P, U) text of the latent steps, <eos> included
+    decode: Padded              # (P, U) text of the latent steps, <eos> included
     decode_z: torch.Tensor      # (P,) places in the flat (B * N) of those steps
-    decode_at: torch.Tensor     # (L,) places in the flat (P * U) that hold a token
-    decode_share: torch.Tensor  # (L,) share / steps of the row
+    decode_share: torch.Tensor  # of each valid place of `decode`: share / steps of the row
     noise: torch.Tensor | None  # (B, N or N + 1, c, d) of the latents
 
 
@@ -187,27 +193,25 @@ def collate(examples, config, stage, noise=None, total_examples=None, total_toke
     rest = [remaining_text(e, config, stage) for e in examples]
     N, skip = max(steps), [0] * len(examples)
     if N:
-        prefix, prefix_valid = pad([e.question + [config.start_id] for e in examples])
-        text, text_valid = pad([[config.end_id] + r[:-1] for r in rest])
+        prefix = Padded.of([e.question + [config.start_id] for e in examples])
+        text = Padded.of([[config.end_id] + r[:-1] for r in rest])
     else:  # the last token of the question predicts the first of the text
-        prefix, prefix_valid = pad([e.question + r[:-1] for e, r in zip(examples, rest)])
-        text, text_valid, skip = prefix, prefix_valid, [len(e.question) - 1 for e in examples]
+        text = prefix = Padded.of([e.question + r[:-1] for e, r in zip(examples, rest)])
+        skip = [len(e.question) - 1 for e in examples]
     answer = sum(rest, [])
-    answer_at = [b * text.shape[1] + skip[b] + i for b, r in enumerate(rest) for i in range(len(r))]
+    answer_at = [b * text.ids.shape[1] + skip[b] + i for b, r in enumerate(rest) for i in range(len(r))]
     # a stop is asked for after the last step of an example, if the plan has room for another
     stops = [n == len(e.steps) and n < config.max_steps for n, e in zip(steps, examples)]
     decodes = [(b, k) for b, n in enumerate(steps) for k in range(n) if config.decode]
     words = [decoded_text(examples[b], config, k) for b, k in decodes]
-    decode, _ = pad(words)
-    decode_at = [p * decode.shape[1] + i for p, w in enumerate(words) for i in range(len(w))]
+    decode = Padded.of(words)
     share = 1 / (total_examples or len(examples))
     # the log-likelihood of a step's whole text: summed over its tokens, mean over the example's steps
     decode_share = [share / steps[b] for (b, _), w in zip(decodes, words) for _ in w]
     places = lambda ids: torch.tensor(ids, dtype=torch.long)
-    return Batch(prefix, prefix_valid, places_of(prefix_valid), text, text_valid, places(answer_at),
-                 places(answer), 1 / (total_tokens or len(answer)), share, places(steps), N,
-                 torch.tensor(stops), decode, places([b * N + k for b, k in decodes]),
-                 places(decode_at), torch.tensor(decode_share), None if noise is None else noise[:, :N + 1])
+    return Batch(prefix, text, places(answer_at), places(answer), 1 / (total_tokens or len(answer)), share,
+                 places(steps), N, torch.tensor(stops), decode, places([b * N + k for b, k in decodes]),
+                 torch.tensor(decode_share), None if noise is None else noise[:, :N + 1])
 
 
 # --- rollouts ---
@@ -242,27 +246,19 @@ class Plan(NamedTuple):
 class Rollout(NamedTuple):
     """Questions, each answered by `group` rows. Row b answers question b // group."""
 
-    prefix: torch.Tensor         # (Q, S)
-    prefix_valid: torch.Tensor   # (Q, S) bool
-    prefix_at: torch.Tensor      # (M,) places in the flat (Q * S) that are valid
+    prefix: Padded            # (Q, S)
     group: int
-    z: torch.Tensor              # (B, N, c, d); z, steps, stopped, stop_z: see Plan
-    steps: torch.Tensor
-    stopped: torch.Tensor
-    stop_z: torch.Tensor | None
-    eps: torch.Tensor | None     # (B, K, c, d): z = mu + sigma eps
-    sigma: torch.Tensor | None   # (B,) mean over the latents of a row
-    tokens: torch.Tensor         # (B, A) answer tokens, with <eos> where it came
-    lengths: torch.Tensor        # (B,) of `tokens`
+    plan: Plan                # of B rows
+    eps: torch.Tensor | None  # (B, K, c, d): z = mu + sigma eps
+    tokens: torch.Tensor      # (B, A) answer tokens, with <eos> where it came
+    lengths: torch.Tensor     # (B,) of `tokens`
 
     def part(self, questions, members):
         """The rollouts of some members (list) of the groups of some questions (list)."""
-        questions = torch.tensor(questions, device=self.tokens.device)
-        members = torch.tensor(members, device=self.tokens.device)
+        questions, members = (torch.tensor(x, device=self.tokens.device) for x in (questions, members))
         rows = (questions[:, None] * self.group + members).flatten()
-        cut = {name: v[questions if name.startswith("prefix") else rows] for name, v in self._asdict().items()
-               if torch.is_tensor(v) and name != "prefix_at"}
-        return self._replace(**cut, prefix_at=places_of(cut["prefix_valid"]), group=len(members))
+        cut = lambda values: [None if v is None else v[rows] for v in values]
+        return Rollout(self.prefix.rows(questions), len(members), Plan(*cut(self.plan)), *cut(self[3:]))
 
 
 def sample(logits, uniform=None, temperature=1.0):
@@ -324,13 +320,18 @@ class LatentReasoner(nn.Module):
     def __init__(self, policy, config, decoder=None):
         """decoder: by default a copy of the policy, if config.decode asks for one."""
         super().__init__()
-        context = policy.config.max_position_embeddings
-        if config.latent and config.thoughts_per_step * config.max_steps >= context:
-            raise ValueError(f"--thoughts_per_step times --max_steps: no room in a context of {context}")
-        self.config, self.policy, d = config, policy, policy.config.hidden_size
+        self.policy, d = policy, policy.config.hidden_size
+        self.configure(config)
         self.decoder = copy.deepcopy(policy) if config.decode and decoder is None else decoder
         self.latent_head = LatentHead(d) if config.head else None
         self.stop_head = nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.Linear(d, 2)) if config.stop else None
+
+    def configure(self, config):
+        """Work by this LatentConfig. ValueError where its plans do not fit the context."""
+        context = self.policy.config.max_position_embeddings
+        if config.latent and config.thoughts_per_step * config.max_steps >= context:
+            raise ValueError(f"--thoughts_per_step times --max_steps: no room in a context of {context}")
+        self.config = config
 
     @property
     def device(self):
@@ -354,16 +355,6 @@ class LatentReasoner(nn.Module):
             self.decoder.requires_grad_(False)
         if self.latent_head is not None and not self.config.vae:
             self.latent_head.logvar.requires_grad_(False)  # nothing is sampled
-
-    def reconfigured(self, config):
-        """This model with the parts that another LatentConfig asks for, and the names of new ones."""
-        model, new = LatentReasoner(self.policy, config, self.decoder if config.decode else None), []
-        for name in ("latent_head", "stop_head", "decoder"):
-            if getattr(model, name) is not None and getattr(self, name) is None:
-                new.append(name)
-            elif getattr(model, name) is not None:
-                setattr(model, name, getattr(self, name))
-        return model, new
 
     def latent(self, h):
         """mu, logvar (.., d) of the latent after hidden state h. logvar is None where z is not sampled."""
@@ -429,16 +420,17 @@ class LatentReasoner(nn.Module):
         share of the global batch's mean. Gradients flow through the whole chain of latents."""
         losses, policy, N = {}, self.policy, batch.max_steps
         if N == 0:
-            h = policy.hidden(batch.prefix, places=batch.prefix_at)
+            h = policy.hidden(batch.prefix.ids, places=batch.prefix.places)
         else:
-            widths = batch.prefix.shape[1], batch.text.shape[1]
+            widths = batch.prefix.ids.shape[1], batch.text.ids.shape[1]
             cache = KVCache(N * self.config.thoughts_per_step + widths[1])
             # one look-up, since the gradient of each is as large as the table
-            embeds = policy.embed_tokens(torch.cat((batch.prefix, batch.text), dim=1))
+            embeds = policy.embed_tokens(torch.cat((batch.prefix.ids, batch.text.ids), dim=1))
             prefix, text = embeds.split(widths, dim=1)
-            h = policy.hidden(embeds=prefix, cache=cache, valid=batch.prefix_valid, places=batch.prefix_at)
-            plan = self.think(last(h, batch.prefix_valid), cache, batch.steps, N, batch.noise)
-            h = policy.hidden(embeds=text, cache=cache, valid=batch.text_valid)
+            valid = batch.prefix.valid
+            h = policy.hidden(embeds=prefix, cache=cache, valid=valid, places=batch.prefix.places)
+            plan = self.think(last(h, valid), cache, batch.steps, N, batch.noise)
+            h = policy.hidden(embeds=text, cache=cache, valid=batch.text.valid)
             if self.config.stop:
                 stops = stop_places(batch.steps, batch.stops, N + 1)
                 ce = F.cross_entropy(plan.stop_logits.transpose(1, 2), stops.long(), reduction="none")
@@ -457,9 +449,9 @@ class LatentReasoner(nn.Module):
         """The decoder's log-likelihood of each step's text, given its latents: all steps in one pass."""
         embed, c = self.decoder.embed_tokens, z.shape[2]
         latents = z.flatten(0, 1).index_select(0, batch.decode_z).to(embed.weight.dtype)   # (P, c, d)
-        inputs = torch.cat((latents, embed(batch.decode[:, :-1])), dim=1)
+        inputs = torch.cat((latents, embed(batch.decode.ids[:, :-1])), dim=1)
         h = self.decoder.hidden(embeds=inputs)[:, c - 1:].flatten(0, 1)  # from the last latent on
-        h, targets = (t.index_select(0, batch.decode_at) for t in (h, batch.decode.flatten()))
+        h, targets = (t.index_select(0, batch.decode.places) for t in (h, batch.decode.ids.flatten()))
         return text_loss(self.decoder, h, targets, batch.decode_share.to(precise(h).dtype))
 
     @torch.no_grad()
@@ -469,14 +461,12 @@ class LatentReasoner(nn.Module):
         temperature: of answer tokens, 0: argmax. latent_temperature: times sigma."""
         config, device = self.config, self.device
         start = [config.start_id] if config.latent else []
-        prefix, valid = pad([q + start for q in questions])
-        prefix, valid, places = (t.to(device) for t in (prefix, valid, places_of(valid)))
-        noise = noise and moved(noise, device)
+        prefix, noise = moved(Padded.of([q + start for q in questions]), device), moved(noise, device)
         eps = noise and noise.latent * latent_temperature
         latents = config.max_steps * config.thoughts_per_step + 1 if config.latent else 0
         cache = KVCache(latents + max_tokens, group)
-        h = self.policy.hidden(prefix, cache=cache, valid=valid, places=places)
-        h = last(h, valid).repeat_interleave(group, dim=0)
+        h = self.policy.hidden(prefix.ids, cache=cache, valid=prefix.valid, places=prefix.places)
+        h = last(h, prefix.valid).repeat_interleave(group, dim=0)
         none = torch.zeros(len(h), dtype=torch.long, device=device)
         if config.latent:
             plan = self.think(h, cache, eps=eps, uniform=noise and noise.stop)
@@ -485,12 +475,7 @@ class LatentReasoner(nn.Module):
             plan = Plan(*self.stacked([], h), none, none.bool(), None, None)
         tokens, lengths = generate(self.policy, h, cache, config.vocab_size, self.ends, max_tokens,
                                    noise and noise.answer, temperature)
-        sigma = None
-        if plan.logvar is not None:
-            sigma = (plan.logvar * 0.5).exp().mean(dim=(2, 3))
-            sigma = masked_mean(sigma, first(plan.steps, plan.z.shape[1]))
-        return Rollout(prefix, valid, places, group, precise(plan.z), plan.steps, plan.stopped, plan.stop_z,
-                       eps, sigma, tokens, lengths)
+        return Rollout(prefix, group, plan._replace(z=precise(plan.z)), eps, tokens, lengths)
 
     # --- in words ---
 
@@ -557,22 +542,15 @@ class LatentReasoner(nn.Module):
         return model
 
 
-def checkpoints(path):
-    """The newest checkpoint, by its step, of every run in `path`: a checkpoint, a run's folder or a folder of
+def find_checkpoint(path):
+    """The checkpoint in `path` that was written last: `path` itself, or of a run's folder or of a folder of
     runs. FileNotFoundError: there is none."""
     path = Path(path)
-    if (path / "train.json").is_file() and (path / "latent.json").is_file():
-        return [path]
-    found = sorted((*path.glob("step-*/train.json"), *path.glob("*/step-*/train.json")))
-    runs = {file.parent.parent: file.parent for file in found}  # of a run the last one stays
-    if not runs:
+    found = [*path.glob("train.json"), *path.glob("step-*/train.json"), *path.glob("*/step-*/train.json")]
+    if not found:
         raise FileNotFoundError(f"{path}: no checkpoint there (make one with `python train.py`, or name one)")
-    return list(runs.values())
-
-
-def find_checkpoint(path):
-    """The checkpoint of the run in `path` that was written last."""
-    return max(checkpoints(path), key=lambda ckpt: (ckpt / "train.json").stat().st_mtime)
+    runs = {file.parents[1]: file for file in sorted(found)}  # of a run the last one stays
+    return max(runs.values(), key=lambda file: file.stat().st_mtime).parent
 
 
 def read_state(ckpt):

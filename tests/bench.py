@@ -43,7 +43,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import Encoded, Example, Tokenizer, builtin_tokenizer, encode_all, load  # noqa: E402
+from data import ASSETS, Encoded, Example, Tokenizer, encode_all, load  # noqa: E402
 from eval import evaluate  # noqa: E402
 from model import LLaMA, LLaMAConfig, write_json  # noqa: E402
 from rl import LogProbs, rl_step, update  # noqa: E402
@@ -157,7 +157,7 @@ class Bench:
             self.data, self.tokenizer = "synthetic", Stub()
             self.examples = synthetic(4000, vocab)
             return dict(vocab=vocab, start_id=vocab, end_id=vocab + 1, eos_id=1)
-        self.tokenizer = Tokenizer.from_pretrained(args.smollm2) if real else builtin_tokenizer()
+        self.tokenizer = Tokenizer.from_pretrained(args.smollm2 if real else ASSETS)
         self.tokenizer.add_special(START, END)
         self.data = "gsm8k" if real and (Path(args.data_dir) / "gsm8k_train.jsonl").is_file() else "builtin"
         encoded, _ = encode_all(load(self.data, "train", args.data_dir)[:4000], self.tokenizer, 512)
@@ -313,12 +313,12 @@ def rl(name, args, seconds=20.0):
 
     found = rounds(work, seconds, least=2)
     rollout = rollout_of(b.batch(1, Q), 1)
-    decode = timed(lambda: b.model.plan_texts(rollout.z, rollout.steps, b.tokenizer), b.device)
+    decode = timed(lambda: b.model.plan_texts(rollout.plan.z, rollout.plan.steps, b.tokenizer), b.device)
     mean = {k: median(found, k) for k in ("rollout_s", "score_s", "update_s")} | {"decode_all_s": decode}
     mean["step_s"] = mean["rollout_s"] + mean["score_s"] + mean["update_s"]
     mean["decode_share"] = decode / (mean["rollout_s"] + decode + mean["update_s"])
     mean["rollouts_s"] = Q * G / mean["step_s"]
-    return {**mean, "memory_gb": b.memory(), "latents": float(rollout.steps.float().mean()) * b.spec["c"]}
+    return {**mean, "memory_gb": b.memory(), "latents": float(rollout.plan.steps.float().mean()) * b.spec["c"]}
 
 
 def evaluation(name, args):

@@ -239,7 +239,7 @@ def synchronisations(args):
     b.model.eval()
     questions = [e.question for e in b.batch(1, 16)]
     rollout = count("rollout, 6 latents, 16 tokens", lambda: b.model.rollout(questions, 8, b.noise(128, 1)))
-    count("its plans in words", lambda: b.model.plan_texts(rollout.z, rollout.steps, b.tokenizer))
+    count("its plans in words", lambda: b.model.plan_texts(rollout.plan.z, rollout.plan.steps, b.tokenizer))
     b.use(train.Run(train.Config(questions_per_step=16, group=8, minibatch=64, device="cpu"), "rl"))
     ddp, optimizer = bench.reinforced(b)
     count("update, 2 minibatches", lambda: bench.full_update(b, ddp, optimizer, rollout, 1))

@@ -1,6 +1,6 @@
 """Draw accuracy against tokens, a point a run, and the curves of RL runs; a colour a row.
 
-    python eval.py --compare few_?/vae few_?/rl --json runs.json
+    python tests/compare.py few_?/vae few_?/rl --json runs.json
     python tests/plot.py runs.json picture.png          needs matplotlib
 """
 

@@ -25,11 +25,11 @@ def gradient(f, params):
 
 def add_gradients(total, model, rollout, advantage, params):
     """Add the policy gradients of a rollout to {(gradient, term): vector}."""
-    n_latents = rollout.steps * model.config.thoughts_per_step
+    n_latents = rollout.plan.steps * model.config.thoughts_per_step
     for grad in ("score", "path"):
         terms = LogProbs(model, latent_grad=grad)(rollout)
         sides = {"answer": (terms.token, rollout.lengths), "latent": (terms.latent, n_latents),
-                 "stop": (terms.stop, rollout.steps + rollout.stopped)}
+                 "stop": (terms.stop, rollout.plan.steps + rollout.plan.stopped)}
         for term, (logp, n) in sides.items():
             if logp is not None:
                 each = logp.flatten(1).sum(dim=1) / n.clamp(min=1)
@@ -97,7 +97,7 @@ def of_questions(model, tokenizer, rollout, encoded):
     texts, _ = model.texts(rollout.tokens, rollout.lengths, tokenizer)
     plans = [()] * len(texts)
     if model.decoder is not None:
-        plans = model.plan_texts(rollout.z, rollout.steps, tokenizer)
+        plans = model.plan_texts(rollout.plan.z, rollout.plan.steps, tokenizer)
     found = []
     for j, e in enumerate(encoded):
         own = slice(j * rollout.group, (j + 1) * rollout.group)

@@ -1,12 +1,15 @@
 """The built-in task, read back from its English by an independent solver."""
 
+import gzip
 import re
 from collections import Counter
 
 import pytest
-from data import BUILTIN, LARGEST, Tokenizer, builtin, builtin_tokenizer, encode_all
+from builtin_task import LARGEST, SIZES, examples
+from builtin_task import tokenizer as make_tokenizer
+from data import ASSETS, BUILTIN, Tokenizer, encode_all, load
 
-SPLITS = [(name, split) for name, sizes in BUILTIN.items() for split in sizes]
+SPLITS = [(name, split) for name, splits in BUILTIN.items() for split in splits]
 HAS = r"(\w+) (?:has|owns) "
 PATTERNS = [  # sentence -> sign, operands (names or numbers)
     (HAS + r"(\d+) \w+ (?:and|plus) (\d+)(?: more)?", "+"),
@@ -62,7 +65,7 @@ def solve(facts, name, steps):
 def understood():
     out = {}
     for name, split in SPLITS:
-        rows = builtin(name, split)
+        rows = load(name, split)
         out[name, split] = []
         for e in rows if split != "train" else rows[::8]:
             facts, asked = understand(e.question)
@@ -70,6 +73,13 @@ def understood():
             value, key = solve(facts, asked, steps)
             out[name, split].append((e, facts, value, key, steps))
     return out
+
+
+@pytest.mark.parametrize("name, split", SPLITS)
+def test_the_script_makes_the_files(name, split):
+    lines = gzip.decompress((ASSETS / f"{name}_{split}.txt.gz").read_bytes()).decode().splitlines(True)
+    made = examples(name, split, 2000)
+    assert made == lines[:len(made)] and len(lines) == SIZES[name][split]
 
 
 def test_labels_are_right(understood):
@@ -92,20 +102,20 @@ def test_splits_are_disjoint(understood):
     valid, tests = keys("valid"), keys("test")
     assert not valid & tests
     for name in [name for name, split in SPLITS if split == "train"]:
-        trained = {str(solve(*understand(e.question), Counter())[1]) for e in builtin(name, "train")}
+        trained = {str(solve(*understand(e.question), Counter())[1]) for e in load(name, "train")}
         assert not (valid | tests) & trained and len(trained) > 20_000
 
 
 def test_sizes_and_character_of_the_sets(understood):
     for name, split in SPLITS:
-        assert len(builtin(name, split)) == BUILTIN[name][split]
-    lengths = lambda name: {len(e.steps) for e in builtin(name, "test")}
+        assert len(load(name, split)) == SIZES[name][split]
+    lengths = lambda name: {len(e.steps) for e in load(name, "test")}
     assert lengths("in_dist") == lengths("reworded") == lengths("chain") == {2, 3, 4, 5, 6}
     assert lengths("hard") == {5, 6} and lengths("easy") == {2, 3}
     distracted = lambda name: sum(len(facts) > len(e.steps) for e, facts, *_ in understood[name, "test"])
     assert distracted("hard") == distracted("easy") == distracted("chain") == 0
     assert distracted("reworded") == 1000 and 70 < distracted("in_dist") < 130
-    assert all(" owns " in e.question for e in builtin("reworded", "test"))
+    assert all(" owns " in e.question for e in load("reworded", "test"))
     several = lambda *of: [any(a in facts and b in facts for _, a, b in facts.values())
                            for _, facts, *_ in understood[of]]
     train = several("builtin", "train")
@@ -128,22 +138,23 @@ def test_several_orders_are_right_and_any_is_shown(understood):
 
 def test_tokenizer(tmp_path):
     """One token a number, no byte fallback in the task, and Hugging Face tokenizers gives the same ids."""
-    tokenizer = builtin_tokenizer()
+    tokenizer = make_tokenizer()
     tokenizer.save_pretrained(tmp_path)
     from tokenizers import Tokenizer as Theirs
-    theirs, again = Theirs.from_file(str(tmp_path / "tokenizer.json")), Tokenizer.from_pretrained(tmp_path)
+    theirs, again = Theirs.from_file(str(tmp_path / "tokenizer.json")), Tokenizer.from_pretrained(ASSETS)
+    assert (ASSETS / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
     number = {tokenizer.encode_ordinary(str(i))[0] for i in range(LARGEST + 1)}
     assert len(number) == LARGEST + 1
     for name, split in SPLITS:
-        for e in builtin(name, split)[:300]:
+        for e in load(name, split)[:300]:
             for text in (e.question + "\n", *(s + "\n" for s in e.steps), "### " + e.answer):
                 ids = tokenizer.encode_ordinary(text)
                 assert ids == theirs.encode(text, add_special_tokens=False).ids == again.encode_ordinary(text)
                 assert tokenizer.decode(ids) == text
                 assert sum(i in number for i in ids) == len(re.findall(r"\d+", text))
-    assert max(len(e.question) for e in encode_all(builtin("hard", "test"), tokenizer, 256)[0]) < 80
+    assert max(len(e.question) for e in encode_all(load("hard", "test"), tokenizer, 256)[0]) < 80
 
 
 def test_unknown_split():
-    with pytest.raises(ValueError, match="'easy' has no split 'train'"):
-        builtin("easy", "train")
+    with pytest.raises(ValueError, match="easy has no split 'train'"):
+        load("easy", "train")

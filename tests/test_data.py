@@ -13,7 +13,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import tiktoken
 import tokenizers
+from builtin_task import tokenizer_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -228,8 +230,8 @@ def test_numbers_of_json_are_exact(tmp_path, target, answer):
     (PAL % "null", "answer 'None'"), (PAL % ("9" * 65), "is no number"), (b"\xef\xbb\xbf", "is empty"),
     ("q||#### 5\nq #### 5", ":2: no question"), ("q||5 6", "answer '5 6'"),
     ("q||#### five", "answer ' five' is no number"), ("||#### 5", ":1: no question"),
-    (json.dumps([SVAMP])[:-5], "broken JSON"), ("[\n{},\n{]", "line 3"), ("[]", "is empty"),
-    ("[" * 10**5, "broken JSON"),
+    (json.dumps([SVAMP])[:-5], "broken ("), ("[\n{},\n{]", "line 3"), ("[]", "is empty"),
+    ("[" * 10**5, "broken ("),
     (json.dumps([SVAMP, {"Body": "x"}]), ":2: neither"),
     (json.dumps([{**SVAMP, "Answer": "x"}]), "answer 'x'")])
 def test_bad_files(tmp_path, content, where):
@@ -333,14 +335,14 @@ PIECES = st.one_of(
     st.sampled_from([" ", "  ", "\n", "\t", "\r\n", "1", "12", "a", "the", "'s", "<<", "é", "日", "🤔", "½"]),
     st.characters(max_codepoint=0x2FFFF, exclude_categories=("Cs", "Cn", "Cc", "Co")))
 TEXT = st.lists(PIECES, max_size=40).map("".join)
-BYTES = [bytes([b]) for b in range(256)]
-
+LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+                  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 X, END = "<|x|>", "<|endoftext|>"  # ids 1 and 0 of a trained BPE; by their names alone END is eos
 
 
 def from_words(words, pattern, special):
-    return Tokenizer.from_tokens(BYTES + [word.encode() for word in words], pattern, special)
+    return tokenizer_of(data.BYTES + [word.encode() for word in words], pattern, special)
 
 
 def hf_ids(hf, text):
@@ -362,7 +364,7 @@ def agree(ours, hf, text):
 def pre_tokenizer(kind):
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind != "llama3")
     first = {"smollm2": pre_tokenizers.Digits(individual_digits=True),
-             "llama3": pre_tokenizers.Split(tokenizers.Regex(data.LLAMA3_PATTERN), "isolated")}
+             "llama3": pre_tokenizers.Split(tokenizers.Regex(LLAMA3_PATTERN), "isolated")}
     return byte_level if kind == "gpt2" else pre_tokenizers.Sequence([first[kind], byte_level])
 
 
@@ -538,32 +540,6 @@ def test_names_of_deepseek_and_transformers(tmp_path):
         assert theirs.encode(text, add_special_tokens=False) == ours.encode_ordinary(text)
 
 
-def tokenizer_model(tokens):
-    return b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens))
-
-
-def test_tokenizer_model(tmp_path):
-    write(tmp_path / "tokenizer.model", tokenizer_model(BYTES + [b"he", b"ll", b"hell"]))
-    ours = Tokenizer.from_pretrained(tmp_path)
-    assert ours.encode_ordinary("hello") == [258, 111] and ours.vocab_size == 259 + 256
-    assert (ours.bos_id, ours.eos_id) == (259, 260) and len(ours.special) == 256
-    assert ours.special["<|eot_id|>"] == 259 + 9 and ours.special["<|python_tag|>"] == 259 + 10
-    assert ours.special["<|reserved_special_token_2|>"] == 259 + 11
-    ours.add_special("<|start-latent|>")
-    ours.save_pretrained(tmp_path / "s")
-    assert Tokenizer.from_pretrained(tmp_path / "s").special["<|start-latent|>"] == 259 + 256
-
-
-@pytest.mark.parametrize("raw, where", [
-    (b"", "byte"), (b"!!! 0\n", "base64"), (b"YQ== 0\nYg==\n", "unpack"), (b"YQ== 0\nYQ== 1\n", "byte"),
-    (b"YQ== 0\nYg== 0\n", "rank"), (b"YQ== 0\nYg== 2\n", "rank"), (b"YQ== x\n", "int()"),
-    (b"version https://git-lfs\n", ""), (b"\x0a\x0e\x00\xff sentencepiece", ""),
-    (tokenizer_model(BYTES[:255]), "byte")])
-def test_bad_tokenizer_model(tmp_path, raw, where):
-    write(tmp_path / "tokenizer.model", raw)
-    refused(lambda: Tokenizer.from_pretrained(tmp_path), tmp_path / "tokenizer.model", where)
-
-
 PLAIN = {"type": "ByteLevel", "add_prefix_space": False}
 SPLIT = {"type": "Split", "pattern": {"Regex": "(a"}, "behavior": "Isolated", "invert": False}
 
@@ -662,30 +638,28 @@ def test_smollm2_on_data(smollm2):
 
 @needs_llama3
 def test_llama3(tmp_path):
-    """Meta's file, and tokenizer.json made of it as Hugging Face does: any spelling of a token is a merge."""
-    ours = Tokenizer.from_pretrained(LLAMA3)
-    assert ours.encode_ordinary("Hello world") == [9906, 1917] and ours.vocab_size == 128256
-    assert ours.bos_id == 128000 and ours.special["<|eot_id|>"] == 128009
-    assert ours.special["<|python_tag|>"] == 128010
+    """Meta's ranks by tiktoken equal tokenizer.json made of them as Hugging Face does: any spelling of a
+    token is a merge."""
     lines = (LLAMA3 / "original/tokenizer.model").read_bytes().splitlines()
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
+    meta = tiktoken.Encoding("meta", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={})
     chars = {token: "".join(data.BYTE_TO_CHAR[b] for b in token) for token in ranks}
     merges = [(chars[t[:i]], chars[t[i:]]) for t in ranks for i in range(1, len(t))
               if t[:i] in ranks and t[i:] in ranks]
     hf = tokenizers.Tokenizer(models.BPE({chars[t]: r for t, r in ranks.items()}, merges, ignore_merges=True))
     hf.pre_tokenizer = pre_tokenizer("llama3")
-    hf.add_special_tokens(list(ours.special))
+    hf.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"])
     hf.save(str(tmp_path / "tokenizer.json"))
     # as the Instruct models' files have it
     write(tmp_path / "tokenizer_config.json", '{"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}')
-    from_json = Tokenizer.from_pretrained(tmp_path)
-    assert from_json.special == ours.special and from_json.bos_id == 128000
-    assert from_json.eos_id == 128009
+    ours = Tokenizer.from_pretrained(tmp_path)
+    assert ours.encode_ordinary("Hello world") == [9906, 1917] and ours.vocab_size == 128003
+    assert (ours.bos_id, ours.eos_id) == (128000, 128002)
     corpus = TEXTS + [line for line in Path(data.__file__).read_text().splitlines() if "<|" not in line]
     if SHARED.is_dir():
         corpus += [x.question for x in data.read_file(SHARED / "gsm8k_test.jsonl")[:500]]
     for text in corpus:
-        assert ours.encode_ordinary(text) == from_json.encode_ordinary(text) == hf_ids(hf, text), repr(text)
+        assert ours.encode_ordinary(text) == meta.encode_ordinary(text) == hf_ids(hf, text), repr(text)
 
 
 # --- encoding ---

@@ -5,7 +5,6 @@ file; no hang, no memory beyond MEMORY, nothing written. What is read all the sa
     FUZZ=2000 python -m pytest tests/test_fuzz.py       as many as are promised
 """
 
-import base64
 import copy
 import json
 import os
@@ -21,6 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import data
+from builtin_task import tokenizer_of
 from data import Tokenizer
 from model import LLaMA, write_json
 from vae import LatentReasoner, read_state
@@ -135,15 +135,9 @@ def checkpoint(folder):
 
 def bpe(folder):
     words = [*data.BYTES, b"ab", b"abc", b" ab"]
-    tokenizer = Tokenizer.from_tokens(words, r" ?[a-z]+|\s+(?!\S)|[0-9]", ["<eos>", "<x>"])
+    tokenizer = tokenizer_of(words, r" ?[a-z]+|\s+(?!\S)|[0-9]", ["<eos>", "<x>"])
     tokenizer.add_special("<|start-latent|>")
     tokenizer.save_pretrained(folder)
-
-
-def tiktoken(folder):
-    tokens = [bytes([b]) for b in range(256)] + [b"he", b"ll", b"hell"]
-    lines = (base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens))
-    (folder / "tokenizer.model").write_bytes(b"".join(lines))
 
 
 def text(name, content):
@@ -192,7 +186,6 @@ FORMATS = {  # file -> (valid folder, structure, reader)
     "train.json": (checkpoint, as_json, read_state),
     "tokenizer.json": (bpe, as_json, read_tokenizer),
     "tokenizer_config.json": (bpe, as_json, read_tokenizer),
-    "tokenizer.model": (tiktoken, None, read_tokenizer),
     "gsm8k.jsonl": (lines("gsm8k.jsonl", *GSM), as_lines, None),
     "gsm_hard.jsonl": (lines("gsm_hard.jsonl", *HARD), as_lines, None),
     "multiarith.jsonl": (lines("multiarith.jsonl", *ARITH), as_lines, None),

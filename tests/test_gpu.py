@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from data import builtin_tokenizer, encode_all, load
+from data import ASSETS, Tokenizer, encode_all, load
 from model import LLaMA, LLaMAConfig
 from rl import LogProbs
 from vae import END, METHODS, START, LatentConfig, LatentReasoner, Noise, collate, find_checkpoint, moved
@@ -36,7 +36,7 @@ def exact():
 def small():
     """(model on the CPU, examples of 1 to 4 and more steps). Its vocabulary is no multiple of 64."""
     torch.manual_seed(0)
-    tokenizer = builtin_tokenizer()
+    tokenizer = Tokenizer.from_pretrained(ASSETS)
     tokenizer.add_special(START, END)
     policy = LLaMA(LLaMAConfig(tokenizer.vocab_size, D, 128, 2, 4, 2, 16, eos_token_id=tokenizer.eos_id))
     assert policy.config.vocab_size % 64
@@ -218,7 +218,7 @@ def test_micro_batch_0_takes_what_fits(tmp_path, monkeypatch, capsys):
     whole = LatentReasoner.forward
 
     def forward(self, batch):
-        if len(batch.prefix) > 5:
+        if len(batch.prefix.ids) > 5:
             raise torch.OutOfMemoryError("a small GPU")
         return whole(self, batch)
 

@@ -13,7 +13,7 @@ import pytest
 import rl
 import torch
 import train
-from data import builtin
+from data import load
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from vae import METHODS, find_checkpoint
@@ -199,7 +199,7 @@ def check_road(init, data, out, method, capsys):
 def test_the_road_with_random_weights(tmp_path, out, llama, method, graded, capsys):
     data = tmp_path / "questions.jsonl"
     with open(data, "w") as f:
-        for e in builtin("easy", "test")[:10]:
+        for e in load("easy", "test")[:10]:
             answer = f"{' '.join(e.steps)}\n#### {e.answer}"
             f.write(json.dumps({"question": e.question, "answer": answer}) + "\n")
     check_road(llama, data, out, method, capsys)
@@ -221,6 +221,6 @@ def test_the_road_with_smollm2(tmp_path, out, smollm2, method, layers, graded, m
     data = tmp_path / "questions.jsonl"
     data.write_text("".join(questions))
     # to save time: validation is what eval.py does at the end, and AdamW's state is not read again
-    monkeypatch.setattr(train, "evaluate", lambda *args, **kwargs: ({"accuracy": 0.0}, []))
+    monkeypatch.setattr(train.eval, "evaluate", lambda *args, **kwargs: ({"accuracy": 0.0}, []))
     monkeypatch.setattr(train, "save_tensors", lambda *args: None)
     check_road(smollm2[layers], data, out, method, capsys)

@@ -11,7 +11,7 @@ import train
 from data import Example
 from model import LLaMA, LLaMAConfig, first
 from rl import LogProbs, Terms, advantages, coherence, divergence, objective, score, update
-from vae import METHODS, LatentConfig, LatentReasoner, Noise, Rollout, collate
+from vae import METHODS, LatentConfig, LatentReasoner, Noise, Plan, Rollout, collate
 
 S = "<<48/2=24>>"
 PARTS = [("atp", {}), ("atp", {"stop": False}), ("atp", {"vae": False}), ("simcot", {}), ("nocot", {})]
@@ -59,10 +59,9 @@ def fake(tokens, plans):
     """A model and its rollouts of one question, whose answers and decoded plans are given."""
     model, n, width = naive.tiny(), len(tokens), max(map(len, tokens))
     model.plan_texts = lambda z, steps, words: [[words.decode(step) for step in plans[i]] for i in z.tolist()]
-    unused = dict.fromkeys(("prefix", "prefix_valid", "prefix_at", "stopped", "stop_z", "eps", "sigma"))
+    plan = Plan(torch.arange(n), None, None, torch.zeros(n), None, None, None)
     rows = torch.tensor([t + [0] * (width - len(t)) for t in tokens])
-    return model, Rollout(**unused, group=n, z=torch.arange(n), steps=torch.zeros(n), tokens=rows,
-                          lengths=torch.tensor([len(t) for t in tokens]))
+    return model, Rollout(None, n, plan, None, rows, torch.tensor([len(t) for t in tokens]))
 
 
 def test_score():
@@ -100,13 +99,13 @@ def draw(model, rows):
 
 def naive_terms(model, rollout, questions, temperature=1.0, latent_temperature=1.0):
     """Terms.latent, stop and token by a naive rollout of each row, which must choose the same."""
-    (B, N, c, _), A = rollout.z.shape, rollout.tokens.shape[1]
+    (B, N, c, _), A = rollout.plan.z.shape, rollout.tokens.shape[1]
     latent, stop, token = (torch.zeros(B, *shape, dtype=torch.double) for shape in ((N, c), (N + 1,), (A,)))
     noise = draw(model, B)
     for b in range(B):
         question = questions[b // rollout.group].question
         plan, tokens, *logps = naive.rollout(model, question, noise, b, 5, temperature, latent_temperature)
-        assert len(plan) == rollout.steps[b] and tokens == rollout.tokens[b, :rollout.lengths[b]].tolist()
+        assert len(plan) == rollout.plan.steps[b] and tokens == rollout.tokens[b, :rollout.lengths[b]].tolist()
         for out, logp in zip((latent[b], stop[b], token[b]), logps):
             if len(logp) and logp[0] != []:
                 out[:len(logp)] = torch.tensor(logp, dtype=torch.double)
@@ -121,9 +120,9 @@ def test_log_probabilities_are_those_of_a_naive_rollout(method, parts, temperatu
     model, rollout = make(method, K=8, dtype=torch.double, **temperatures, **parts)
     model.requires_grad_(False)
     if method == "atp" and not parts:
-        assert len(set(rollout.steps.tolist())) > 2
+        assert len(set(rollout.plan.steps.tolist())) > 2
         # the latent at which the longest plan was stopped is in no plan
-        assert (rollout.stopped & (rollout.steps == rollout.z.shape[1])).any()
+        assert (rollout.plan.stopped & (rollout.plan.steps == rollout.plan.z.shape[1])).any()
     want = naive_terms(model, rollout, naive.examples(4), **temperatures)
     score_terms = LogProbs(model, latent_grad="score", **temperatures)(rollout)
     by_path = LogProbs(model, latent_grad="path", **temperatures)
@@ -136,9 +135,9 @@ def test_log_probabilities_are_those_of_a_naive_rollout(method, parts, temperatu
     for got, expected in zip(by_path(rollout, fixed=True), score_terms):
         assert (got is None) == (expected is None) and (got is None or torch.equal(got, expected))
     if score_terms.mu is not None:
-        used = first(rollout.steps, rollout.z.shape[1])
-        z = score_terms.mu + torch.exp(0.5 * score_terms.logvar) * rollout.eps[:, :rollout.z.shape[1]]
-        torch.testing.assert_close(z[used], rollout.z[used], atol=1e-9, rtol=1e-9)
+        used = first(rollout.plan.steps, rollout.plan.z.shape[1])
+        z = score_terms.mu + torch.exp(0.5 * score_terms.logvar) * rollout.eps[:, :rollout.plan.z.shape[1]]
+        torch.testing.assert_close(z[used], rollout.plan.z[used], atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("grad", ("path", "score"))
@@ -260,7 +259,7 @@ def test_objective_equals_its_definition(method, parts, latent_mean, coef):
         return min(ratio * a, max(0.8, min(1.2, ratio)) * a)
 
     for b, a in enumerate(advantage.tolist()):
-        n, m, sides = int(rollout.steps[b]), int(rollout.lengths[b]), {"latent": [], "token": []}
+        n, m, sides = int(rollout.plan.steps[b]), int(rollout.lengths[b]), {"latent": [], "token": []}
         diff = lambda name: getattr(new, name)[b] - getattr(old, name)[b]
         for k in range(n):
             for j in range(2 if new.latent is not None else 0):
@@ -269,7 +268,7 @@ def test_objective_equals_its_definition(method, parts, latent_mean, coef):
                 sides["latent"].append(gain("latent", value, a))
             if new.latent is None and new.stop is not None:
                 sides["latent"].append(gain("latent", diff("stop")[k], a))
-        if new.stop is not None and rollout.stopped[b]:
+        if new.stop is not None and rollout.plan.stopped[b]:
             sides["latent"].append(gain("latent", diff("stop")[n], a))
         sides["token"] = [gain("token", diff("token")[i], a) for i in range(m)]
         for name, weight in (("latent", coef), ("token", 1.0)):
@@ -299,12 +298,12 @@ def test_first_gradient_is_the_policy_gradient(grad):
     latent, stop, token, *_ = log_probs(rollout)
     total = 0
     for b in range(12):
-        n, m = int(rollout.steps[b]), int(rollout.lengths[b])
+        n, m = int(rollout.plan.steps[b]), int(rollout.lengths[b])
         if grad == "score":
             terms = [latent[b, k, j] + (stop[b, k] if j == 0 else 0) for k in range(n) for j in range(2)]
         else:
             terms = list(stop[b, :n])
-        if rollout.stopped[b]:
+        if rollout.plan.stopped[b]:
             terms.append(stop[b, n])
         total = total - advantage[b] * (sum(terms) / len(terms) + token[b, :m].mean()) / 12
     total.backward()
@@ -339,8 +338,8 @@ def test_latent_mean_and_coef():
     def f(latent, **settings):
         return float(objective(old._replace(latent=latent), old, rollout, advantage, 12, **settings)[0])
 
-    assert bool(((rollout.steps > 0) | rollout.stopped).all())  # every row has a latent side
-    shifted, shares = old.latent + 0.16, rollout.steps * 2 / (rollout.steps * 2 + rollout.stopped)
+    assert bool(((rollout.plan.steps > 0) | rollout.plan.stopped).all())  # every row has a latent side
+    shifted, shares = old.latent + 0.16, rollout.plan.steps * 2 / (rollout.plan.steps * 2 + rollout.plan.stopped)
     want = lambda gain: -(2 + gain * shares).mean().item()
     assert math.isclose(f(shifted), want(math.exp(0.16) - 1), rel_tol=1e-4)
     assert math.isclose(f(shifted, latent_mean=True), want(math.exp(0.01) - 1), rel_tol=1e-4)
@@ -359,12 +358,12 @@ def test_divergence_equals_its_definition(method, parts):
     ref = LogProbs(naive.tiny(method, seed=4, **parts).requires_grad_(False))(rollout)
     estimate = lambda p, q: math.exp(q - p) - (q - p) - 1
     for row, got in enumerate(divergence(new, ref, rollout).tolist()):
-        n, m, want = int(rollout.steps[row]), int(rollout.lengths[row]), 0.0
+        n, m, want = int(rollout.plan.steps[row]), int(rollout.lengths[row]), 0.0
         if new.mu is not None and n:
             p, q = (torch.distributions.Normal(t.mu[row, :n], (t.logvar[row, :n] / 2).exp())
                     for t in (new, ref))
             want += float(torch.distributions.kl_divergence(p, q).sum(-1).mean())
-        for a, b, k in ((new.stop, ref.stop, n + int(rollout.stopped[row])), (new.token, ref.token, m)):
+        for a, b, k in ((new.stop, ref.stop, n + int(rollout.plan.stopped[row])), (new.token, ref.token, m)):
             if a is not None and k:
                 want += sum(map(estimate, a[row, :k].tolist(), b[row, :k].tolist())) / k
         assert math.isclose(got, want, rel_tol=1e-4)
@@ -422,7 +421,7 @@ def test_update_leaves_out_groups_of_equal_rewards(grad):
     advantage, seen = torch.randn(16), []
     advantage[4:8] = advantage[8:10] = 0  # the second question, and half of the third one's
     log_probs, recorder = LogProbs(model, latent_grad=grad), Recorder(model)
-    hook = log_probs.register_forward_hook(lambda module, args, out: seen.append(len(args[0].z)))
+    hook = log_probs.register_forward_hook(lambda module, args, out: seen.append(len(args[0].plan.z)))
     update(rl_run(micro_batch=8, rl_clip=0.0), log_probs, None, recorder, rollout, advantage, 1, [])
     assert seen == [8, 4]
     hook.remove()
@@ -523,7 +522,8 @@ def wide():
     torch.nn.init.constant_(model.latent_head.logvar.bias, 2 * math.log(0.1))
     noise = Noise.draw(16, config, 512, 5, torch.Generator().manual_seed(2))
     rollout = model.rollout([e.question for e in naive.examples(4)], 4, noise, 5)
-    assert 0.08 < float(rollout.sigma[rollout.steps > 0].mean()) < 0.12
+    sigma = torch.exp(0.5 * rollout.plan.logvar)
+    assert 0.08 < float(sigma[rollout.plan.steps > 0].mean()) < 0.12
     return model, rollout
 
 

@@ -196,15 +196,16 @@ def test_a_new_run_replaces_a_broken_log(tmp_path, data):
     assert [row["step"] for row in metrics(tmp_path / "vae")] == [1, 1]  # losses, validation
 
 
-def test_init_says_which_parts_are_new(tmp_path, data, vae, capsys):
+def test_of_a_checkpoint_with_other_parts_the_policy_is_kept(tmp_path, data, vae, capsys):
     train(command(tmp_path, data, "--max_iters", "2", "--init", str(vae), "--method", "simcot"))
     started = ["--max_iters", "2", "--init", str(tmp_path), "--method", "atp"]
-    with pytest.raises(ValueError, match="has no latent_head; train it first"):
+    with pytest.raises(ValueError, match="has not the parts that RL is to train"):
         train(command(tmp_path, data, *started, stage="rl"))
-    assert "made new" not in capsys.readouterr().out
+    capsys.readouterr()
     train(command(tmp_path / "b", data, *started))
     start = find_checkpoint(tmp_path / "vae")
-    assert f"not in {start}, made new: latent_head, stop_head\n" in capsys.readouterr().out
+    said = f"vae: {start} has other parts (heads, decoder): only its policy is kept\n"
+    assert said in capsys.readouterr().out
 
 
 def test_newest_checkpoint(tmp_path):
@@ -270,13 +271,13 @@ def test_all_stages_in_turn_and_resume(tmp_path, data, capsys, monkeypatch):
 def test_closing_table_is_of_the_task_trained_on(task, sets, vae, monkeypatch, capsys):
     seen = []
 
-    def measured(model, tokenizer, encoded, **_):
+    def measured(model, tokenizer, encoded, *_):
         seen.append((encoded[0].example.id.split(":")[0], len(encoded)))
         return {"n": len(encoded), "accuracy": 0.5, "tokens": 2.0, "latents": 0.0, "coherence": 0.0}, []
 
-    monkeypatch.setattr(module, "evaluate", measured)
+    monkeypatch.setattr(module.eval, "evaluate", measured)
     report(resolve(parse(["--data", task])), {"untrained": vae})
-    assert seen == [(f"{name}_test", 1000) for name in sets]
+    assert seen == [(f"{name}_test.txt", 1000) for name in sets]
     head, _, row = capsys.readouterr().out.splitlines()
     assert cells(head)[:1 + len(sets)] == ["", *sets] and cells(row)[:2] == ["untrained", "50.0"]
 
@@ -521,13 +522,9 @@ def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, vae, data, number, mo
 
 def test_a_second_signal_stops_at_once():
     run = Run(Config(), "vae")
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-    with pytest.raises(KeyboardInterrupt):
-        with run.deferred_signals():
-            os.kill(os.getpid(), signal.SIGINT)
-            assert run.asked_to_stop()
-            os.kill(os.getpid(), signal.SIGINT)
-    signal.signal(signal.SIGINT, before)
+    before = signal.signal(signal.SIGTERM, run.ask_to_stop)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert run.asked_to_stop() and signal.signal(signal.SIGTERM, before) is signal.SIG_DFL
 
 
 def test_resume_takes_the_divergence_from_the_same_start(tmp_path, vae, warm, rl, data, monkeypatch):
@@ -545,7 +542,7 @@ def test_resume_takes_the_divergence_from_the_same_start(tmp_path, vae, warm, rl
     with pytest.raises(FileNotFoundError, match=f"{place}/latent.json"):
         train(resume)
     find_checkpoint(tmp_path / "vae").rename(place)
-    with pytest.raises(ValueError, match=f"{place} is not the checkpoint that this run began with"):
+    with pytest.raises(ValueError, match=f"--init {place} is not the checkpoint that this run began with"):
         train(resume)
     train([*resume, "--init", str(tmp_path / "moved")])
     assert_same(weights(tmp_path, "rl"), weights(rl, "rl"), exact=True)
@@ -566,7 +563,8 @@ def test_the_best_checkpoint_is_kept(tmp_path, data, monkeypatch):
     """The newest `keep`, and the best by validation, which the newest names. Only the newest has the
     optimizer."""
     accuracies = iter((0.1, 0.7, 0.2, 0.7, 0.3, 0.4, 0.5, 0.6))
-    monkeypatch.setattr(module, "evaluate", lambda *_, **__: ({"n": 3, "accuracy": next(accuracies)}, []))
+    figures = lambda *_, **__: ({"n": 3, "accuracy": next(accuracies)}, [])
+    monkeypatch.setattr(module.eval, "evaluate", figures)
     train(command(tmp_path, data, "--max_iters", "8", "--eval_every", "1", "--save_every", "1", "--keep", "2",
                   "--method", "nocot"))
     found = sorted((tmp_path / "vae").glob("step-*"))

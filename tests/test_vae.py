@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import vae
-from data import builtin_tokenizer
+from data import ASSETS, Tokenizer
 from rl import LogProbs
 from vae import LatentReasoner, Noise, collate, gaussian_kl, gaussian_logp, text_loss
 
@@ -34,11 +34,11 @@ def compare(model, questions, group, noise, max_tokens=6, temperature=1.0, laten
         plan, tokens, latent_logp, stop_logp, token_logp = naive.rollout(
             model, questions[b // group], noise, b, max_tokens, temperature or 1e-6, latent_temperature)
         n = len(plan)
-        assert int(out.steps[b]) == n
-        assert bool(out.stopped[b]) == (model.config.stop and n < model.config.max_steps)
+        assert int(out.plan.steps[b]) == n
+        assert bool(out.plan.stopped[b]) == (model.config.stop and n < model.config.max_steps)
         assert out.tokens[b, :out.lengths[b]].tolist() == tokens
         if n:
-            near(out.z[b, :n], torch.stack(plan), atol=1e-4, rtol=1e-3)
+            near(out.plan.z[b, :n], torch.stack(plan), atol=1e-4, rtol=1e-3)
         if temperature:
             near(terms.token[b, :len(tokens)], torch.tensor(token_logp), atol=2e-4, rtol=1e-4)
             assert terms.token[b, len(tokens):].eq(0).all()
@@ -64,7 +64,7 @@ def test_rollout_rows_stop_at_different_steps(temperature, latent_temperature):
     model = naive.tiny(K=4, seed=3)
     out = compare(model, [e.question for e in naive.examples(8)], 4, draw(model, 32), 6, temperature,
                   latent_temperature)
-    assert set(out.steps.tolist()) >= {0, 1, 2, 4}, "the case is only worth something when the rows differ"
+    assert set(out.plan.steps.tolist()) >= {0, 1, 2, 4}, "the case is only worth something when the rows differ"
 
 
 @pytest.mark.parametrize("method", ("atp", "nocot"))
@@ -96,7 +96,7 @@ def test_rollout_that_stops_at_once(latent_grad):
     model, questions = naive.tiny(dtype=torch.float64), [e.question for e in naive.examples(3)]
     model.stop_head[2].bias[1] += 1000
     out = model.rollout(questions, 2, draw(model, 6), 5)
-    assert not out.steps.any() and out.stopped.all()
+    assert not out.plan.steps.any() and out.plan.stopped.all()
     terms = LogProbs(model, latent_grad=latent_grad)(out)
     for b in range(6):
         row = naive.rollout(model, questions[b // 2], draw(model, 6), b, 5)
@@ -110,14 +110,16 @@ def test_rollout_does_not_depend_on_the_batch():
     whole = model.rollout(questions, 4, noise)
     part = model.rollout(questions[2:4], 4, Noise(*(t[8:16] for t in noise)))
     rows = slice(8, 16)
-    assert whole.steps[rows].equal(part.steps)
+    assert whole.plan.steps[rows].equal(part.plan.steps)
     assert [t[:n] for t, n in zip(whole.tokens[rows].tolist(), whole.lengths[rows].tolist())] == [
         t[:n] for t, n in zip(part.tokens.tolist(), part.lengths.tolist())]
     # members of groups, of some questions
     cut, kept = whole.part([2, 0], [1, 3]), [9, 11, 1, 3]
-    assert cut.group == 2 and cut.prefix.equal(whole.prefix[[2, 0]])
-    for name in ("z", "steps", "eps", "tokens", "lengths"):
+    assert cut.group == 2 and cut.prefix.ids.equal(whole.prefix.ids[[2, 0]])
+    for name in ("eps", "tokens", "lengths"):
         assert getattr(cut, name).equal(getattr(whole, name)[kept]), name
+    for ours, theirs in zip(cut.plan, whole.plan):
+        assert ours is theirs is None or ours.equal(theirs[kept])
 
 
 def test_sampling_follows_the_distribution():
@@ -323,17 +325,18 @@ def test_batch_without_a_single_step():
 def test_new_tokens_take_free_rows_of_a_padded_vocabulary(tmp_path):
     """The table grows only where the rows that the tokenizer does not use are too few."""
     import train
-    words = builtin_tokenizer().vocab_size
+    tokenizer = Tokenizer.from_pretrained(ASSETS)
+    words = tokenizer.vocab_size
     for spare, rows in ((0, words + 2), (1, words + 2), (2, words + 2), (5, words + 5)):
         folder = tmp_path / str(spare)
-        builtin_tokenizer().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         net = naive.tiny("nocot", rows=words + spare).policy
         net.save_pretrained(folder)
         args = train.parse(["--stage", "vae", "--init", str(folder), "--out_dir", str(tmp_path)])
         run = SimpleNamespace(device=torch.device("cpu"), name="vae", say=print)
-        model, tokenizer = train.build(train.resolve(args), run)
+        model, grown = train.build(train.resolve(args), run)
         assert (model.config.start_id, model.config.end_id) == (words, words + 1)
-        assert model.config.vocab_size == tokenizer.vocab_size == words + 2
+        assert model.config.vocab_size == grown.vocab_size == words + 2
         table = model.policy.embed_tokens.weight
         assert len(table) == model.policy.config.vocab_size == rows
         kept = [i for i in range(words + spare) if i not in (words, words + 1)]
