@@ -216,7 +216,8 @@ class Run:
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.main, self.device = self.rank == 0, device_of(cfg.device)
         self.gpu = self.device.type == "cuda"
-        self.compile = cfg.compile == "yes" or (cfg.compile == "auto" and self.gpu)
+        on = {"yes": True, "no": False, "auto": self.gpu}
+        self.compile, self.repeats = on[cfg.compile], on[cfg.activation_checkpointing]
         # a density is a sum over d, in which bfloat16 or TF32 would move every ratio out of the clip
         exact = name == "rl" and cfg.latent_grad == "score" and cfg.dtype == "auto"
         self.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and self.gpu and not exact)
@@ -243,11 +244,14 @@ class Run:
             dist.all_reduce(t)
         return dict(zip(values, (t / self.world).tolist()))
 
-    def log(self, **values):
-        """Append a line to metrics.jsonl, with seconds since the start and peak memory (a GPU's, if any)."""
+    def memory_gb(self):
+        """Peak so far, of the GPU if there is one, in GiB."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        peak = torch.cuda.max_memory_allocated() if self.gpu else peak
-        values |= {"seconds": round(time.time() - self.began, 2), "memory_gb": round(peak / 2**30, 3)}
+        return (torch.cuda.max_memory_allocated() if self.gpu else peak) / 2**30
+
+    def log(self, **values):
+        """Append a line to metrics.jsonl, with seconds since the start and peak memory."""
+        values |= {"seconds": round(time.time() - self.began, 2), "memory_gb": round(self.memory_gb(), 3)}
         if self.main:
             with open(self.dir / "metrics.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(values) + "\n")
@@ -431,26 +435,25 @@ def begin(cfg, name, given):
     if run.world > getattr(cfg, flag):
         raise ValueError(f"--{flag} {getattr(cfg, flag)} is smaller than the number of processes {run.world}")
     run.model, run.tokenizer = build(replace(cfg, init=str(ckpt)) if ckpt else cfg, run)
-    repeats = cfg.activation_checkpointing == "yes" or (cfg.activation_checkpointing == "auto" and run.gpu)
     for llama in run.model.llamas():
-        llama.activation_checkpointing = repeats
+        llama.activation_checkpointing = run.repeats
         if run.compile:
             llama.compile_blocks()
     run.train, run.valid = read_data(run, "train"), read_data(run, "valid")[:cfg.eval_size]
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)  # the system lets go of it however the process ends
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         if run.main:
             take_folder(run, lock)
-        handlers = {number: signal.signal(number, run.ask_to_stop) for number in SIGNALS}
-        try:
-            yield run
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        for number in SIGNALS:
+            signal.signal(number, run.ask_to_stop)
+        yield run
         if run.signal:  # it came while the last checkpoint was written
             raise SystemExit(128 + run.signal)
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         os.close(lock)
 
 
@@ -688,14 +691,19 @@ def report(cfg, runs):
     print(eval.table([(label, record["benchmarks"]) for label, record in records.items()]))
 
 
+def reuse_memory():
+    """Keep freed large blocks: to clear new ones takes a sixth of a CPU step."""
+    if sys.platform == "linux":
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, 2**31 - 1)
+
+
 def main(argv=None):
     given = parse(argv)
     cfg = resolve(given)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    if sys.platform == "linux":  # keep freed large blocks: to clear new ones takes a sixth of a CPU step
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, 2**31 - 1)
+    reuse_memory()
     joins = "RANK" in os.environ and not dist.is_initialized()  # started by torchrun
     if joins:
         gpu = device_of(cfg.device).type == "cuda"

@@ -59,7 +59,7 @@ WORKLOADS = {  # shape, then K, c, batch, questions x group of an RL step, rows 
     "1B-train": dict(shape=(2048, 8192, 16, 32, 8), vocab=128256, K=10, c=2, batch=256, questions=16, group=8,
                      micro=128),
 }
-TINY = dict(shape=(64, 128, 2, 4, 2), vocab=500)  # to try 1B-train on a CPU
+TINY = dict(shape=(64, 128, 2, 4, 2), vocab=500, K=3, batch=8, questions=2, micro=8)  # to try it on a CPU
 # The released SIM-CoT code itself (its class, transformers 4.46, the same weights, data, batch, AdamW, fp32),
 # measured apart, on 2 cores with a peak of 100 GFLOP/s: examples/s, GB at most, answers/s.
 # tests/published.py does that work here.
@@ -137,7 +137,8 @@ class Bench:
         else:
             torch.manual_seed(0)
             with self.device:
-                policy = LLaMA(LLaMAConfig(ids["vocab"], d, ff, layers, heads, kv, d // heads))
+                policy = LLaMA(LLaMAConfig(ids["vocab"], d, ff, layers, heads, kv, d // heads,
+                                           max_position_embeddings=256))  # decoded steps: 16 tokens at most
             self.weights = "random"
         policy.add_tokens([ids["start_id"], ids["end_id"]])
         config = LatentConfig(**METHODS["atp"], method="atp", thoughts_per_step=spec["c"],
@@ -171,7 +172,7 @@ class Bench:
         self.run = run
         run.model, run.tokenizer, run.micro_batch = self.model, self.tokenizer, self.spec["micro"]
         for llama in self.model.llamas():
-            llama.activation_checkpointing = run.activation_checkpointing
+            llama.activation_checkpointing = run.repeats
             if run.compile and not self.compiled:
                 llama.compile_blocks()
         self.compiled = run.compile
@@ -251,7 +252,7 @@ def supervised(b):
     b.model.set_trainable(b.spec["K"])
     b.model.train()
     optimizer = make_optimizer(b.model, b.run.cfg, b.run.cfg.weight_decay)
-    set_lr(optimizer, 1e-6)
+    set_lr(optimizer, 1e-6, 1.0, 0.0, 1.0)
     ddp = b.run.wrap(b.model)
 
     def work(step):
@@ -288,7 +289,7 @@ def reinforced(b):
     b.model.set_trainable("rl")
     log_probs = LogProbs(b.model, latent_grad=b.run.cfg.latent_grad)
     optimizer = make_optimizer(b.model, b.run.cfg)
-    set_lr(optimizer, 1e-9)
+    set_lr(optimizer, 1e-9, 1.0, 0.0, 1.0)
     return b.run.wrap(log_probs), optimizer
 
 
@@ -337,7 +338,7 @@ def evaluation(name, args):
     whole = timed(lambda: evaluate(b.model, b.tokenizer, questions, 128), b.device)
     return {"generation_q_s": size / generation, "one_at_a_time_q_s": 1 / alone, "evaluate_q_s": size / whole,
             "batching_gain": alone * size / generation, "memory_gb": b.memory(),
-            "latents": float(rows.steps.float().mean()) * b.spec["c"],
+            "latents": float(rows.plan.steps.float().mean()) * b.spec["c"],
             "tokens": float(rows.lengths.float().mean())}
 
 

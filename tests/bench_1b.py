@@ -127,8 +127,8 @@ def rl_1b(b, args):
 
 def eval_1b(b, args):
     columns = ["questions/s", "peak GB", "busy s", "kernels", "first batch s"]
-    head("evaluation, 512 questions", columns)
-    questions = b.batch(0, 512)
+    questions = b.batch(0, 2 * b.spec["batch"])
+    head(f"evaluation, {len(questions)} questions", columns)
 
     def measure(batch):
         b.use(Run(b.cfg, "vae"))

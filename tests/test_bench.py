@@ -1,0 +1,44 @@
+"""The benches run, and what they count on a CPU stays what it is."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import bench
+import counts
+
+ARGS = SimpleNamespace(device="cpu", compile="no", smollm2="", data_dir="data")
+
+
+def test_the_gpu_workload_runs_on_a_cpu():
+    flags = "--workloads 1B-train --tiny --device cpu --compile no --seconds 0.1 --micro 8 4 --threads 1"
+    command = [sys.executable, str(Path(bench.__file__)), *flags.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0 and "failed" not in done.stdout, done.stdout + done.stderr
+    rows = [line.split(" | ")[0].strip("| ") for line in done.stdout.splitlines() if line.startswith("|")]
+    assert {"micro-batch 8", "micro-batch 4", "score, minibatch 2", "path, minibatch 16", "batch 256"} <= {*rows}
+
+
+@pytest.mark.parametrize("measure", (bench.sft, bench.rl))
+def test_a_cpu_workload_runs(measure, monkeypatch):
+    monkeypatch.setitem(bench.WORKLOADS, "E", bench.WORKLOADS["E"] | dict(batch=8, questions=4))
+    found = measure("E", ARGS, 0.0)
+    assert found["memory_gb"] > 0 and found.get("examples_s", found.get("rollouts_s")) > 0
+
+
+def test_operators_of_a_latent():
+    """At most those of commit 1ad6918 forward, and 26 where RMSNorm is one operator."""
+    forward = counts.latent_operators(False).total()
+    assert forward <= counts.BEFORE["forward"] and forward - 2 * (counts.norm_operators() - 1) <= 26
+
+
+def test_nothing_waits_for_the_device_in_a_chain():
+    """But for whether all rows have ended, once a latent step and once a token of a rollout."""
+    inside = {name: sum(n for (where, _), n in places.items() if where == "inside")
+              for name, places in counts.synchronisations(ARGS).items()}
+    assert inside.pop("rollout, 6 latents, 16 tokens") <= 6 + 15
+    assert inside.pop("its plans in words") <= 2 * 15
+    assert set(inside.values()) == {0}
