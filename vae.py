@@ -20,7 +20,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch.utils.checkpoint import checkpoint
 
 from model import (KVCache, LLaMA, check_tensors, first, one_line, product_dtype, read_json, save_tensors,
                    tensor_headers, write_json)
@@ -289,16 +288,26 @@ def generate(model, h, cache, vocab_size, ends, max_tokens, uniform=None, temper
 
 
 def text_loss(model, h, targets, weights):
-    """sum_i w_i CE(logits of h_i, target_i) of h (M, d), targets and w (M,). Some rows at a time, computed
-    again in backward: logits over a whole vocabulary never lie in memory at once."""
-    def part(h, targets, weights):
-        return (F.cross_entropy(precise(model.logits(h)), targets, reduction="none") * weights).sum()
+    """sum_i w_i CE(logits of h_i, target_i) of h (M, d), targets and w (M,). Where all logits would be too many,
+    some rows are differentiated at a time."""
+    def part(h, table, targets, weights):
+        logits = precise(F.linear(h, table)[:, :model.config.vocab_size])
+        return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
 
-    rows = max(1, MAX_LOGITS[h.device.type] // model.config.vocab_size)
+    rows, table = max(1, MAX_LOGITS[h.device.type] // model.config.vocab_size), model.output_weight()
     if len(h) <= rows:
-        return part(h, targets, weights)
-    parts = zip(h.split(rows), targets.split(rows), weights.split(rows))
-    return sum(checkpoint(part, *p, use_reentrant=False) for p in parts)
+        return part(h, table, targets, weights)
+    leaf, leaf_table = (x.detach().requires_grad_() for x in (h, table))
+    total = 0.0
+    for i in range(0, len(h), rows):
+        own = slice(i, i + rows)
+        with torch.enable_grad():
+            loss = part(leaf[own], leaf_table, targets[own], weights[own])
+        loss.backward()
+        total = total + loss.detach()
+    # a term that is 0 hands these gradients on to h and the table
+    carried = (h * leaf.grad).sum() + (table * leaf_table.grad).sum()
+    return total + carried - carried.detach()
 
 
 def stop_places(steps, stopped, width):
