@@ -248,8 +248,9 @@ class LLaMA(nn.Module):
         (M,) are those of the flat (B * T) that are no padding: the first pass then works on these alone."""
         if embeds is None:
             embeds = self.embed_tokens(tokens)
-        x = embeds.clone(memory_format=torch.contiguous_format)  # compiled code would depend on a view's base
-        (B, T), run, kv = x.shape[:2], self.run_block, []
+        (B, T), run, kv = embeds.shape[:2], self.run_block, []
+        x = embeds if places is None else gather(embeds, places)
+        x = x.clone(memory_format=torch.contiguous_format)  # compiled code would depend on a view's base
         if valid is None:
             valid = torch.ones(B, T, dtype=torch.bool, device=x.device)
         cache = KVCache(0) if cache is None else cache
@@ -257,7 +258,7 @@ class LLaMA(nn.Module):
         if starts:
             positions, past = torch.arange(T, device=x.device)[None], [None] * len(self.layers)
             if places is not None:
-                x, positions = gather(x, places), (places % T)[None]
+                positions = (places % T)[None]
             cache.weights = [layer.weights(product_dtype(x)) for layer in self.layers]
         else:
             positions, past = cache.extend(valid, x.dtype)

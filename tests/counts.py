@@ -111,7 +111,9 @@ def graphs_of_a_run():
         kind = ["one position" if x.shape[1] == 1 else "wide", "causal" if tail is None else "over a tail"]
         if tail is not None and tail.shape[2] > 1:
             kind.append("groups")
-        if x.shape[0] == 1:
+        if "l_places" in shapes:
+            kind.append("padding left out")
+        elif x.shape[0] == 1:
             kind.append("one row")
         kind.append("gradients" if torch.is_grad_enabled() else "no gradients")
         if not shapes["l_weights_0"].requires_grad:

@@ -42,3 +42,10 @@ def test_nothing_waits_for_the_device_in_a_chain():
     assert inside.pop("rollout, 6 latents, 16 tokens") <= 6 + 15
     assert inside.pop("its plans in words") <= 2 * 15
     assert set(inside.values()) == {0}
+
+
+def test_a_run_compiles_one_graph_a_kind():
+    """Only a prefix of one position, where a decoder reads one latent, has a second one."""
+    kinds = counts.graphs_of_a_run()
+    assert {kind for kind, n in kinds.items() if n > 1} == {"one position, over a tail, no gradients"}
+    assert kinds.total() <= 11
