@@ -10,6 +10,7 @@
 import argparse
 import ctypes
 import fcntl
+import gc
 import json
 import math
 import os
@@ -31,7 +32,7 @@ from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-import eval
+import eval as evaluation
 from data import ASSETS, BUILTIN, DATASETS, TEST_SETS, Parser, Tokenizer, cli, encode_all, load
 from model import LLaMA, LLaMAConfig, save_tensors, write_json
 from rl import LogProbs, rl_step
@@ -505,7 +506,7 @@ def validate(run, stage):
     if run.model.config.latent and stage == 0:
         return False
     mine, best = run.valid[run.rank::run.world], run.state["best"]
-    figures, _ = eval.evaluate(run.model, run.tokenizer, mine, bf16=run.bf16)
+    figures, _ = evaluation.evaluate(run.model, run.tokenizer, mine, bf16=run.bf16)
     share = len(mine) * run.world / len(run.valid)
     figures = run.mean({k: v * share for k, v in figures.items() if k != "n"})
     run.model.train()
@@ -684,11 +685,13 @@ def report(cfg, runs):
     what was held out of a user's file."""
     sets = TEST_SETS if cfg.data == "builtin" else (cfg.data,)
     split = "test" if cfg.data in (*BUILTIN, *DATASETS) else "valid"
-    args = eval.parser().parse_args(["--data", *sets, "--split", split, "--data_dir", cfg.data_dir,
-                                      "--device", cfg.device, "--dtype", cfg.dtype, "--compile", cfg.compile])
-    data = eval.read_sets(args)
-    records = {label: eval.measure(find_checkpoint(folder), data, args) for label, folder in runs.items()}
-    print(eval.table([(label, record["benchmarks"]) for label, record in records.items()]))
+    flags = ["--data", *sets, "--split", split, "--data_dir", cfg.data_dir, "--device", cfg.device,
+             "--dtype", cfg.dtype, "--compile", cfg.compile]
+    args = evaluation.parser().parse_args(flags)
+    data = evaluation.read_sets(args)
+    rows = [(label, evaluation.measure(find_checkpoint(folder), data, args)["benchmarks"])
+            for label, folder in runs.items()]
+    print(evaluation.table(rows))
 
 
 def reuse_memory():
@@ -718,6 +721,7 @@ def main(argv=None):
     else:
         train_supervised(cfg, cfg.stage, given)
     if joins:  # after an error it could wait for processes that are gone
+        gc.collect()  # DDP's cycles would keep its threads alive beyond the interpreter
         dist.destroy_process_group()
 
 

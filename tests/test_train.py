@@ -279,7 +279,7 @@ def test_closing_table_is_of_the_task_trained_on(task, sets, vae, monkeypatch, c
         seen.append((encoded[0].example.id.split(":")[0], len(encoded)))
         return {"n": len(encoded), "accuracy": 0.5, "tokens": 2.0, "latents": 0.0, "coherence": 0.0}, []
 
-    monkeypatch.setattr(module.eval, "evaluate", measured)
+    monkeypatch.setattr(module.evaluation, "evaluate", measured)
     report(resolve(parse(["--data", task])), {"untrained": vae})
     assert seen == [(f"{name}_test.txt", 1000) for name in sets]
     head, _, row = capsys.readouterr().out.splitlines()
@@ -568,7 +568,7 @@ def test_the_best_checkpoint_is_kept(tmp_path, data, monkeypatch):
     optimizer."""
     accuracies = iter((0.1, 0.7, 0.2, 0.7, 0.3, 0.4, 0.5, 0.6))
     figures = lambda *_, **__: ({"n": 3, "accuracy": next(accuracies)}, [])
-    monkeypatch.setattr(module.eval, "evaluate", figures)
+    monkeypatch.setattr(module.evaluation, "evaluate", figures)
     train(command(tmp_path, data, "--max_iters", "8", "--eval_every", "1", "--save_every", "1", "--keep", "2",
                   "--method", "nocot"))
     found = sorted((tmp_path / "vae").glob("step-*"))
