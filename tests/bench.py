@@ -4,6 +4,7 @@
     python tests/bench.py --workloads E T --json bench.json
     python tests/bench.py --workloads 1B-train              Llama-3.2-1B's shape on a GPU (about 10 minutes)
     python tests/bench.py --counts                          what a CPU can count (2 minutes)
+    python tests/bench.py --ratios                          how far a step moves the density of latents
     python tests/bench.py --signal out/vae                  how much of RL's gradients is signal (2 minutes)
     python tests/bench.py --diversity out/vae out/rl        how unlike samples are (2 minutes each)
 
@@ -484,6 +485,7 @@ def arguments():
     p.add_argument("--compile", default="auto", choices=["auto", "yes", "no"])
     p.add_argument("--threads", type=int, default=0)
     p.add_argument("--counts", action="store_true", help="only this")
+    p.add_argument("--ratios", action="store_true", help="only this")
     p.add_argument("--signal", metavar="DIR", help="only this, of a checkpoint of --stage vae")
     p.add_argument("--diversity", nargs="+", metavar="DIR",
                    help="only this, of checkpoints trained on the built-in task")
@@ -509,6 +511,9 @@ def main():
     elif args.counts:
         import counts
         counts.report(args)
+    elif args.ratios:
+        import ratios
+        ratios.report()
     elif args.signal:
         import studies
         print(markdown(["latent_grad", "term", "norm", "cosine"], studies.signal(args.signal)))

@@ -1,16 +1,15 @@
-"""How far one optimizer step moves the density of a latent, at the paper's settings (--latent_grad score).
+"""What `python tests/bench.py --ratios` prints: how far one optimizer step moves the density of a latent, at the
+paper's settings (--latent_grad score).
 
 Random fp32 weights of width d, 16 questions x 8 rollouts of 3 steps of 2 latents, random rewards; minibatches
 of 16 rollouts, AdamW with lr 1e-6, gradient norm clipped at 1, ratios at 0.2, log-ratios clamped to +-3."""
 import math
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import torch  # noqa: E402
-from model import LLaMA, LLaMAConfig  # noqa: E402
-from rl import LogProbs, advantages, objective  # noqa: E402
-from vae import METHODS, LatentConfig, LatentReasoner, Noise  # noqa: E402
+import torch
+
+from model import LLaMA, LLaMAConfig
+from rl import LogProbs, advantages, objective
+from vae import METHODS, LatentConfig, LatentReasoner, Noise
 
 
 def setup(d, sigma, layers):
@@ -53,7 +52,7 @@ def measure(d, sigma, latent_mean=False, layers=4):
     return rows
 
 
-if __name__ == "__main__":
+def report():
     torch.set_num_threads(1)
     for d, sigma, mean in ((d, s, m) for d in (256, 512, 1024) for s in (0.1, 1.0) for m in (False, True)):
         print(f"d {d}, sigma {sigma}, latent_mean {mean}")
