@@ -37,6 +37,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ from rl import LogProbs, rl_step, update  # noqa: E402
 from train import (Config, Run, batch_indices, defaults, make_optimizer, micro_batches,  # noqa: E402
                    reuse_memory, set_lr)
 from vae import (END, METHODS, START, LatentConfig, LatentReasoner, Noise, generator, moved,  # noqa: E402
-                 remaining_text)
+                 remaining_text, text_loss)
 
 WORKLOADS = {  # shape, then K, c, batch, questions x group of an RL step, rows of a micro-batch
     "S": dict(shape=(576, 1536, 30, 9, 3), vocab=49152, K=4, c=2, batch=8, questions=4, group=8, micro=8),
@@ -320,7 +321,8 @@ def rl(name, args, seconds=20.0):
     mean["step_s"] = mean["rollout_s"] + mean["score_s"] + mean["update_s"]
     mean["decode_share"] = decode / (mean["rollout_s"] + decode + mean["update_s"])
     mean["rollouts_s"] = Q * G / mean["step_s"]
-    return {**mean, "memory_gb": b.memory(), "latents": float(rollout.plan.steps.float().mean()) * b.spec["c"]}
+    steps = float(rollout.plan.steps.float().mean())
+    return {**mean, "memory_gb": b.memory(), "latents": steps * b.spec["c"]}
 
 
 def evaluation(name, args):
@@ -354,6 +356,30 @@ def as_published(name, args, seconds=20.0):
     clock = rounds(work, seconds, least=2)[1:]
     return {"examples_s": b.spec["batch"] * len(clock) / sum(clock), "answers_s": 1 / alone,
             "memory_gb": b.memory(), "steps": len(clock), "peak_gflops": matmul_peak(b.device)}
+
+
+def losses(rows=2300, d=256, vocab=49152):
+    """CPU seconds of the loss of T's texts, forward and backward, twice: ours, and torch's in its own parts."""
+    torch.manual_seed(0)
+    h, table, weights = torch.randn(rows, d), torch.randn(vocab, d) / 16, torch.rand(rows) / rows
+    targets, found = torch.randint(vocab, (rows,)), {}
+    options = torch.nn.LinearCrossEntropyOptions()
+
+    def ours(h, table):
+        model = SimpleNamespace(config=SimpleNamespace(vocab_size=vocab), output_weight=lambda: table)
+        return text_loss(model, h, targets, weights)
+
+    def torchs(h, table):
+        each = torch.nn.functional.linear_cross_entropy(h, table, targets, reduction="none", options=options)
+        return (each * weights).sum()
+
+    for name, loss in (("text_loss", ours), ("linear_cross_entropy", torchs)) * 2:
+        leaves = [x.clone().requires_grad_() for x in (h, table)]
+        start = time.process_time()
+        loss(*leaves).backward()
+        found.setdefault(name, []).append(round(time.process_time() - start, 2))
+    return found
+
 
 # --- loading ---
 
@@ -413,6 +439,8 @@ def load_1b(folder, dtype):
 
 def worker(job, args):
     kind, *rest = job.split(":")
+    if kind == "losses":
+        return losses()
     if kind == "write1b":
         return write_1b(rest[0]) or {}
     if kind == "load1b":
