@@ -288,8 +288,8 @@ def generate(model, h, cache, vocab_size, ends, max_tokens, uniform=None, temper
 
 
 def text_loss(model, h, targets, weights):
-    """sum_i w_i CE(logits of h_i, target_i) of h (M, d), targets and w (M,). Where all logits would be too many,
-    some rows are differentiated at a time."""
+    """sum_i w_i CE(logits of h_i, target_i) of h (M, d), targets and w (M,). Where all logits would be too
+    many, some rows are differentiated at a time."""
     def part(h, table, targets, weights):
         logits = precise(F.linear(h, table)[:, :model.config.vocab_size])
         return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
