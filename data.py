@@ -134,9 +134,11 @@ def read_file(path, skip_bad=False):
     a bad item."""
     path, examples = Path(path), []
     name = path.name.removesuffix(".gz")
+    content = path.read_bytes()
     try:
-        content = path.read_bytes() if path.parent != ASSETS else gzip.decompress(path.read_bytes())
+        content = gzip.decompress(content) if path.resolve().parent == ASSETS.resolve() else content
         text = content.decode("utf-8-sig", "surrogateescape")  # `parse` refuses what is no UTF-8
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
         items = _json(text) if text.lstrip().startswith("[") else text.split("\n")
     except Exception as error:
         raise ValueError(f"{path}: broken ({error})") from None

@@ -281,7 +281,8 @@ class Run:
     def ask_to_stop(self, number, _):
         """Ctrl-C and SIGTERM let the step end and a checkpoint be written. A second one stops at once."""
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
 
     def asked_to_stop(self):
         """The same answer on all processes: a signal may reach them at different steps."""
@@ -347,7 +348,7 @@ def build(cfg, run):
         model.configure(latent)
         return model, tokenizer
     if run.name == "rl":
-        raise ValueError(f"--stage rl: {init} has not the parts that RL is to train; make it by --stage vae")
+        raise ValueError(f"--stage rl: {init} has other parts (heads, decoder) than this run asks for")
     if model:
         run.say(f"{run.name}: {init} has other parts (heads, decoder): only its policy is kept")
     if not known:
@@ -685,9 +686,9 @@ def report(cfg, runs):
     what was held out of a user's file."""
     sets = TEST_SETS if cfg.data == "builtin" else (cfg.data,)
     split = "test" if cfg.data in (*BUILTIN, *DATASETS) else "valid"
-    flags = ["--data", *sets, "--split", split, "--data_dir", cfg.data_dir, "--device", cfg.device,
-             "--dtype", cfg.dtype, "--compile", cfg.compile]
-    args = evaluation.parser().parse_args(flags)
+    args = evaluation.parser().parse_args([])
+    vars(args).update(data=sets, split=split, data_dir=cfg.data_dir, device=cfg.device, dtype=cfg.dtype,
+                      compile=cfg.compile)
     data = evaluation.read_sets(args)
     rows = [(label, evaluation.measure(find_checkpoint(folder), data, args)["benchmarks"])
             for label, folder in runs.items()]

@@ -558,7 +558,7 @@ def find_checkpoint(path):
     found = [*path.glob("train.json"), *path.glob("step-*/train.json"), *path.glob("*/step-*/train.json")]
     if not found:
         raise FileNotFoundError(f"{path}: no checkpoint there (make one with `python train.py`, or name one)")
-    runs = {file.parents[1]: file for file in sorted(found)}  # of a run the last one stays
+    runs = {file.resolve().parents[1]: file for file in sorted(found)}  # of a run the last one stays
     return max(runs.values(), key=lambda file: file.stat().st_mtime).parent
 
 

@@ -17,8 +17,8 @@ E   the embedded default of train.py, all latent
 
 Questions are those of GSM8K's training set with 2 to K annotated steps, where --data_dir and --smollm2
 have what that needs, else those of the built-in task (1B-train: random ids of GSM8K's lengths). Plans,
-decoded steps and answers run to their limits, K steps and 16 tokens. Each measurement but those of 1B-train
-has a process of its own, since peak memory is a figure of a process. It takes the peak of fp32 matrix
+decoded steps and answers run to their limits, K steps and 16 tokens (64 a decoded step
+of real weights). Each measurement but those of 1B-train has a process of its own, since peak memory is a figure of a process. It takes the peak of fp32 matrix
 products (2048 x 2048) before and after.
 
 Utilisation = useful FLOPs / s over that peak. Useful FLOPs of a forward pass, per layer and token: 2 x

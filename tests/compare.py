@@ -2,7 +2,7 @@
 
     python tests/compare.py out_0 out_1 out_2 --baseline out_0/vae
 
-Takes eval.py's flags. DIR: all runs in it, of each its newest checkpoint.
+Folders first, then eval.py's flags (but for --ckpt). Of each run in a folder the newest checkpoint is taken.
 """
 
 import os
@@ -22,12 +22,11 @@ def gather(folders):
     seed: few_0/vae and few_1/vae are few_*/vae."""
     rows, runs = {}, {}
     for folder in map(Path, folders):
-        for pattern in ("train.json", "step-*/train.json", "*/step-*/train.json"):
-            for file in sorted(folder.glob(pattern)):
-                run = file.resolve().parents[1]
-                runs[run] = find_checkpoint(run)
-        if not runs:
+        patterns = ("train.json", "step-*/train.json", "*/step-*/train.json")
+        files = [file for pattern in patterns for file in sorted(folder.resolve().glob(pattern))]
+        if not files:
             find_checkpoint(folder)  # which says that there is none
+        runs |= {file.parents[1]: file.parent for file in files}  # of a run the last one stays
     root = os.path.commonpath([run.parent for run in runs])
     for run, ckpt in runs.items():
         seed, name = read_state(ckpt)["config"]["seed"], os.path.relpath(run, root)

@@ -135,6 +135,8 @@ def test_rows_are_folders_without_their_seeds(tmp_path, monkeypatch):
     fake_run(tmp_path / "width_10" / "vae", 0)
     assert list(gather(["width_10", "few_0/vae"])) == ["width_10/vae", "few_*/vae"]
     assert gather(["few_0", "few_1", "few_1/vae"]) == gather(["few_0", "few_1"])
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        gather(["few_0", "nowhere"])
 
 
 def run(*accuracies, **figures):

@@ -203,7 +203,7 @@ def test_a_new_run_replaces_a_broken_log(tmp_path, data):
 def test_of_a_checkpoint_with_other_parts_the_policy_is_kept(tmp_path, data, vae, capsys):
     train(command(tmp_path, data, "--max_iters", "2", "--init", str(vae), "--method", "simcot"))
     started = ["--max_iters", "2", "--init", str(tmp_path), "--method", "atp"]
-    with pytest.raises(ValueError, match="has not the parts that RL is to train"):
+    with pytest.raises(ValueError, match="has other parts .* than this run asks for"):
         train(command(tmp_path, data, *started, stage="rl"))
     capsys.readouterr()
     train(command(tmp_path / "b", data, *started))
@@ -212,7 +212,7 @@ def test_of_a_checkpoint_with_other_parts_the_policy_is_kept(tmp_path, data, vae
     assert said in capsys.readouterr().out
 
 
-def test_newest_checkpoint(tmp_path):
+def test_newest_checkpoint(tmp_path, monkeypatch):
     """The newest run's, and in a run the latest step's: a folder that was copied has files of any age."""
     def make(name, age):
         (tmp_path / name).mkdir(parents=True)
@@ -224,6 +224,8 @@ def test_newest_checkpoint(tmp_path):
     make("b/step-0000007", 7)
     assert find_checkpoint(tmp_path) == tmp_path / "a/step-0000002"
     assert find_checkpoint(tmp_path / "b") == tmp_path / "b/step-0000007"
+    monkeypatch.chdir(tmp_path / "a/step-0000001")
+    assert find_checkpoint(".") == Path(".")
 
 
 def test_data_order_is_a_function_of_seed_and_step():
@@ -526,9 +528,10 @@ def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, vae, data, number, mo
 
 def test_a_second_signal_stops_at_once():
     run = Run(Config(), "vae")
-    before = signal.signal(signal.SIGTERM, run.ask_to_stop)
+    before = {number: signal.signal(number, run.ask_to_stop) for number in module.SIGNALS}
     os.kill(os.getpid(), signal.SIGTERM)
-    assert run.asked_to_stop() and signal.signal(signal.SIGTERM, before) is signal.SIG_DFL
+    assert run.asked_to_stop()
+    assert [signal.signal(number, before[number]) for number in before] == [signal.SIG_DFL] * 2
 
 
 def test_resume_takes_the_divergence_from_the_same_start(tmp_path, vae, warm, rl, data, monkeypatch):
