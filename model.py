@@ -239,8 +239,8 @@ class LLaMA(nn.Module):
         odd = -len(weight) % 64
         return F.pad(weight, (0, 0, 0, odd)) if odd else weight
 
-    def logits(self, h):
-        return F.linear(h, self.output_weight())[..., :self.config.vocab_size]
+    def logits(self, h, table=None):
+        return F.linear(h, self.output_weight() if table is None else table)[..., :self.config.vocab_size]
 
     def hidden(self, tokens=None, embeds=None, cache=None, valid=None, places=None):
         """Last hidden states (B, T, d) of token ids (B, T) or embeddings (B, T, d). A cache's first pass is

@@ -118,12 +118,12 @@ class Padded(NamedTuple):
         width = max([1, *map(len, rows)])
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.long).view(-1, width)
         valid = first(torch.tensor([len(row) for row in rows], dtype=torch.long), width)
-        return cls(ids, valid, valid.flatten().nonzero()[:, 0])
+        return cls.masked(ids, valid)
 
-    def rows(self, chosen):
-        """These rows. On a GPU the CPU waits for the number of places."""
-        valid = self.valid[chosen]
-        return Padded(self.ids[chosen], valid, valid.flatten().nonzero()[:, 0])
+    @classmethod
+    def masked(cls, ids, valid):
+        """On a GPU the CPU waits for the number of places."""
+        return cls(ids, valid, valid.flatten().nonzero()[:, 0])
 
 
 def generator(*ids):
@@ -257,7 +257,8 @@ class Rollout(NamedTuple):
         questions, members = (torch.tensor(x, device=self.tokens.device) for x in (questions, members))
         rows = (questions[:, None] * self.group + members).flatten()
         cut = lambda values: [None if v is None else v[rows] for v in values]
-        return Rollout(self.prefix.rows(questions), len(members), Plan(*cut(self.plan)), *cut(self[3:]))
+        prefix = Padded.masked(self.prefix.ids[questions], self.prefix.valid[questions])
+        return Rollout(prefix, len(members), Plan(*cut(self.plan)), *cut(self[3:]))
 
 
 def sample(logits, uniform=None, temperature=1.0):
@@ -291,8 +292,8 @@ def text_loss(model, h, targets, weights):
     """sum_i w_i CE(logits of h_i, target_i) of h (M, d), targets and w (M,). Where all logits would be too
     many, some rows are differentiated at a time."""
     def part(h, table, targets, weights):
-        logits = precise(F.linear(h, table)[:, :model.config.vocab_size])
-        return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
+        loss = F.cross_entropy(precise(model.logits(h, table)), targets, reduction="none")
+        return (loss * weights).sum()
 
     rows, table = max(1, MAX_LOGITS[h.device.type] // model.config.vocab_size), model.output_weight()
     if len(h) <= rows:
@@ -551,15 +552,20 @@ class LatentReasoner(nn.Module):
         return model
 
 
-def find_checkpoint(path):
-    """The checkpoint in `path` that was written last: `path` itself, or of a run's folder or of a folder of
+def checkpoints(path):
+    """The newest checkpoint, by its step, of every run in `path`: a checkpoint, a run's folder or a folder of
     runs. FileNotFoundError: there is none."""
     path = Path(path)
     found = [*path.glob("train.json"), *path.glob("step-*/train.json"), *path.glob("*/step-*/train.json")]
     if not found:
         raise FileNotFoundError(f"{path}: no checkpoint there (make one with `python train.py`, or name one)")
-    runs = {file.resolve().parents[1]: file for file in sorted(found)}  # of a run the last one stays
-    return max(runs.values(), key=lambda file: file.stat().st_mtime).parent
+    runs = {file.resolve().parents[1]: file.parent for file in sorted(found)}  # of a run the last one stays
+    return list(runs.values())
+
+
+def find_checkpoint(path):
+    """The checkpoint of the run in `path` that was written last."""
+    return max(checkpoints(path), key=lambda ckpt: (ckpt / "train.json").stat().st_mtime)
 
 
 def read_state(ckpt):

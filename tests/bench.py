@@ -17,9 +17,9 @@ E   the embedded default of train.py, all latent
 
 Questions are those of GSM8K's training set with 2 to K annotated steps, where --data_dir and --smollm2
 have what that needs, else those of the built-in task (1B-train: random ids of GSM8K's lengths). Plans,
-decoded steps and answers run to their limits, K steps and 16 tokens (64 a decoded step
-of real weights). Each measurement but those of 1B-train has a process of its own, since peak memory is a figure of a process. It takes the peak of fp32 matrix
-products (2048 x 2048) before and after.
+decoded steps and answers run to their limits, K steps and 16 tokens (64 a decoded step of real weights).
+Each measurement but those of 1B-train has a process of its own, since peak memory is a figure of a process.
+It takes the peak of fp32 matrix products (2048 x 2048) before and after.
 
 Utilisation = useful FLOPs / s over that peak. Useful FLOPs of a forward pass, per layer and token: 2 x
 (matrix parameters of the layer); per layer and pair of a query and a key that it may see: 4 x heads x
@@ -359,14 +359,15 @@ def as_published(name, args, seconds=20.0):
 
 
 def losses(rows=2300, d=256, vocab=49152):
-    """CPU seconds of the loss of T's texts, forward and backward, twice: ours, and torch's in its own parts."""
+    """CPU seconds of the loss of T, forward and backward, twice: ours, and torch's in its own parts."""
     torch.manual_seed(0)
     h, table, weights = torch.randn(rows, d), torch.randn(vocab, d) / 16, torch.rand(rows) / rows
     targets, found = torch.randint(vocab, (rows,)), {}
     options = torch.nn.LinearCrossEntropyOptions()
 
     def ours(h, table):
-        model = SimpleNamespace(config=SimpleNamespace(vocab_size=vocab), output_weight=lambda: table)
+        model = SimpleNamespace(config=SimpleNamespace(vocab_size=vocab), output_weight=lambda: table,
+                                logits=torch.nn.functional.linear)
         return text_loss(model, h, targets, weights)
 
     def torchs(h, table):

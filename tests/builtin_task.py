@@ -113,6 +113,11 @@ def _problem(rng, bucket, lengths, wide, branch, rare, distracted):
     return " ".join(said), steps, str(root.value)
 
 
+def line(question, steps, answer):
+    """One example in GSM8K-Aug's format."""
+    return f"{question}||{' '.join(steps)} #### {answer}\n"
+
+
 def examples(name, split, most=10**9):
     """Lines of the first examples of a built-in set, always the same in the same order."""
     mixed = [2] * 6 + [3] * 6 + [4] * 4 + [5] * 2 + [6] * 2
@@ -124,7 +129,7 @@ def examples(name, split, most=10**9):
     bucket = ("test", "valid", "train").index(split)
     while len(found) < min(most, SIZES[name][split]):
         question, steps, answer = _problem(rng, bucket, *settings)
-        found.setdefault(question, f"{question}||{' '.join(steps)} #### {answer}\n")
+        found.setdefault(question, line(question, steps, answer))
     return list(found.values())
 
 

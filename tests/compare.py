@@ -14,19 +14,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import cli  # noqa: E402
 from eval import measure, over_sets, parser, read_sets, table  # noqa: E402
 from model import write_json  # noqa: E402
-from vae import find_checkpoint, read_state  # noqa: E402
+from vae import checkpoints, find_checkpoint, read_state  # noqa: E402
 
 
 def gather(folders):
     """{row: {seed: checkpoint}} of all runs in the folders. A row is named by its folder with a * for the
     seed: few_0/vae and few_1/vae are few_*/vae."""
-    rows, runs = {}, {}
-    for folder in map(Path, folders):
-        patterns = ("train.json", "step-*/train.json", "*/step-*/train.json")
-        files = [file for pattern in patterns for file in sorted(folder.resolve().glob(pattern))]
-        if not files:
-            find_checkpoint(folder)  # which says that there is none
-        runs |= {file.parents[1]: file.parent for file in files}  # of a run the last one stays
+    found = [ckpt.resolve() for folder in folders for ckpt in checkpoints(folder)]
+    rows, runs = {}, {ckpt.parent: ckpt for ckpt in found}
     root = os.path.commonpath([run.parent for run in runs])
     for run, ckpt in runs.items():
         seed, name = read_state(ckpt)["config"]["seed"], os.path.relpath(run, root)

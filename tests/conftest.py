@@ -12,6 +12,7 @@ import torch  # noqa: E402
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
+from builtin_task import line  # noqa: E402
 from data import load  # noqa: E402
 
 
@@ -26,7 +27,7 @@ def data(tmp_path_factory):
     """Some built-in questions as a file in GSM8K-Aug's format."""
     file = tmp_path_factory.mktemp("data") / "questions.txt"
     examples = load("in_dist", "test")[:60]
-    file.write_text("".join(f"{e.question}||{' '.join(e.steps)} #### {e.answer}\n" for e in examples))
+    file.write_text("".join(line(e.question, e.steps, e.answer) for e in examples))
     return str(file)
 
 

@@ -27,6 +27,7 @@ import bench
 import model as model_module
 import train
 import vae as vae_module
+from builtin_task import line
 from data import load
 from model import KVCache, LLaMA, LLaMAConfig
 from train import micro_batches
@@ -129,10 +130,9 @@ def graphs_of_a_run():
             mock.patch.object(LLaMA, "compile_blocks", lambda self: compile_blocks(self, backend)):
         file = Path(out, "questions.txt")
         examples = load("in_dist", "test")[:200]
-        file.write_text("".join(f"{e.question}||{' '.join(e.steps)} #### {e.answer}\n" for e in examples))
-        train.main(f"--data {file} "
-                   f"--out_dir {out} --compile yes --device cpu --baseline 0 --max_iters 30 --rl_iters 3 "
-                   "--eval_size 40 --batch_size 16 --micro_batch 8 --questions_per_step 16 "
+        file.write_text("".join(line(e.question, e.steps, e.answer) for e in examples))
+        train.main(f"--data {file} --out_dir {out} --compile yes --device cpu --baseline 0 --max_iters 30 "
+                   "--rl_iters 3 --eval_size 40 --batch_size 16 --micro_batch 8 --questions_per_step 16 "
                    "--minibatch 64".split())
     torch._dynamo.reset()
     return kinds
