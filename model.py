@@ -3,14 +3,13 @@
     prefix   (Q, KV, S, D)      the question, right-padded, computed once, shared by a group of G rows
     tail     (Q, KV, G, N, D)   what came since; row b of the batch is (b // G, b % G)
 
-The tail has all its N columns from the start; a mask says which of them count in which row. So all latents
-are the same computation on the same shapes, and one compiled block serves them.
+The tail has all its N columns from the start, and a mask says which count in which row: all latents are the
+same computation on the same shapes.
 """
 
 import json
 import math
 import os
-import sys
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -49,7 +48,7 @@ class LLaMAConfig:
 
     @classmethod
     def from_dict(cls, raw):
-        """From a config.json of transformers 4 or 5. ValueError names what this code cannot run."""
+        """From a config.json of transformers 4 or 5. ValueError: what this code cannot run."""
         raw = {"rms_norm_eps": 1e-6, **{key: values[0] for key, values in SUPPORTED.items()}, **raw}
         # transformers 5 has rope_parameters, published checkpoints have rope_theta and rope_scaling
         rope = {**(raw.get("rope_scaling") or raw.get("rope_parameters") or {})}
@@ -80,12 +79,12 @@ class LLaMAConfig:
 
 
 def rope_frequencies(config):
-    """Rotation per position of each pair of dimensions, float32 (head_dim / 2,)."""
+    """Rotation per position of each pair of dimensions (head_dim / 2,)."""
     pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
     freq = config.rope_theta ** -(pairs / config.head_dim)
     if config.rope_scaling is None:
         return freq
-    # Llama 3 slows long waves by `factor`, keeps short ones and interpolates those between
+    # Llama 3 slows long waves by `factor`, keeps short ones and interpolates between
     keys = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
     factor, low, high, context = (float(config.rope_scaling[key]) for key in keys)
     turns = context * freq / (2 * math.pi)  # within the old context
@@ -105,37 +104,37 @@ def product_dtype(x):
 
 
 def gather(x, places):
-    """What lies at `places` (M,) of the flat (B * T) of x (B, T, ...), as (1, M, ...)."""
+    """x (B, T, ...) at `places` (M,) of the flat (B * T): (1, M, ...)."""
     return x.flatten(0, 1).index_select(0, places)[None]
 
 
 def spread(x, places, shape):
-    """The reverse of gather, to the given (B, T, ...), with zeros elsewhere."""
+    """The reverse of gather, to shape (B, T), with zeros elsewhere."""
     whole = x.new_zeros(shape[0] * shape[1], *x.shape[2:])
     return whole.index_copy(0, places, x[0]).unflatten(0, shape)
 
 
 class KVCache:
-    """Keys and values as at the top of this file: size is N, group is G."""
+    """Keys and values as at the top: size is N, group is G."""
 
     def __init__(self, size, group=1):
         self.size, self.group = size, group
-        self.weights = None  # per layer: Block.weights, cast once and not at every position
-        self.prefix = None   # per layer: k, v (Q, KV, S, D)
+        self.weights = None  # of each layer: Block.weights, cast once and not at every position
+        self.prefix = None   # of each layer: k, v (Q, KV, S, D)
 
     def start(self, kv, valid):
-        """Keep kv of the first pass, unpadded where `valid` (Q, S) is set, with an empty tail."""
+        """Keep kv of the first pass, which count where `valid` (Q, S) is set."""
         self.prefix = [(k.contiguous(), v.contiguous()) for k, v in kv]
         k = kv[0][0]
-        Q, KV, self.filled, D = k.shape  # filled: columns of prefix and tail that are written
-        # it needs a gradient as later tails do, or the first latent would have its own graph
+        Q, KV, self.filled, D = k.shape  # filled: columns that are written
+        # with a gradient, as later tails, or the first latent would have a graph of its own
         empty = partial(k.new_zeros, (Q, KV, self.group, self.size, D), requires_grad=k.requires_grad)
         self.tail = [(empty(), empty()) for _ in kv]  # per layer: k, v
         self.counts = F.pad(valid.repeat_interleave(self.group, dim=0), (0, self.size))  # (B, S + N)
 
     def extend(self, valid, dtype):
-        """T new columns, which count where `valid` (B, T) is set. Returns positions (B, T) and per layer what
-        `attend` takes: k, v of prefix and tail, columns of the tail (T,), bias (Q, 1, G, 1, T, S + N)."""
+        """T new columns, which count where `valid` (B, T) is set. Returns positions (B, T) and of each layer
+        what `attend` takes: k, v of prefix and tail, columns of the tail (T,), bias (Q, 1, G, 1, T, S + N)."""
         columns = torch.arange(self.counts.shape[1], device=valid.device)
         start, self.filled = self.filled, self.filled + valid.shape[1]
         new = columns[start:self.filled]
@@ -149,8 +148,8 @@ class KVCache:
 
 
 def attend(q, k, v, prefix_k, prefix_v, tail_k, tail_v, columns, bias):
-    """Attention of T new columns, q, k, v (B, T, heads, D). Returns y and the new tail. Letters: question q,
-    row of its group g, new column t, key-value head k, its query head r, column of prefix s, of tail n."""
+    """Attention of T new columns q, k, v (B, T, heads, D) -> y, tail. Letters: question q, row of its group g,
+    new column t, key-value head k, its query head r, column of prefix s, of tail n."""
     (Q, KV, G, N, D), T = tail_k.shape, q.shape[1]
     k, v = (x.unflatten(0, (Q, G)).permute(0, 3, 1, 2, 4) for x in (k, v))  # (Q, KV, G, T, D)
     # autograd needs every version of the tail
@@ -184,9 +183,9 @@ class Block(nn.Module):
         return [p.to(dtype) for p in self.parameters() if p.dim() > 1]
 
     def forward(self, x, rope, weights, past=None, places=None, shape=None):
-        """x (B, T, d) -> x (B, T, d), (k, v). Without `past` this is a causal pass, with k, v (B, KV, T, D).
-        With a layer's `past` of KVCache.extend, k and v are the tail with the new columns. With `places`, x
-        (1, M, d) holds these places of a (B, T) of the given shape: only attention sees padding."""
+        """x (B, T, d) -> x (B, T, d), (k, v). Without `past` (of KVCache.extend) a causal pass: k, v (B, KV, T,
+        D), else k, v are the new tail. With `places`, x (1, M, d) is what lies there in a (B, T) of the given
+        shape: only attention sees padding."""
         qkv_proj, o_proj, gate_up_proj, down_proj = weights
         (H, KV, D), (cos, sin) = self.sizes, rope
         qkv = F.linear(self.input_layernorm(x), qkv_proj).unflatten(-1, (H + 2 * KV, D))  # (B, T, heads, D)
@@ -224,28 +223,30 @@ class LLaMA(nn.Module):
             if p.dim() > 1:  # as GPT-2, smaller on residual branches; d**-0.5 is 0.02 at d = 2048
                 branch = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=d**-0.5 / math.sqrt(2 * config.num_hidden_layers if branch else 1))
+        self.add_tokens()
 
     def compile_blocks(self, backend="inductor"):
-        torch._dynamo.config.recompile_limit = 64  # there are more kinds of passes than the usual 8
-        torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal once need not stay so
+        torch._dynamo.config.recompile_limit = 64  # there are more kinds of passes than 8
+        torch.fx.experimental._config.use_duck_shape = False  # sizes equal once need not stay so
         self.run_block = torch.compile(Block.forward, dynamic=True, backend=backend)
 
     def forward(self, tokens=None, embeds=None, cache=None, valid=None):
         return self.logits(self.hidden(tokens, embeds, cache, valid))
 
+    def tables(self):
+        """The embedding and, where that is another, the output layer."""
+        return [module for module in (self.embed_tokens, self.lm_head) if module is not None]
+
     def output_weight(self):
-        """(vocab, d) and zero rows up to a multiple of 64: GPU kernels are slow on an odd vocabulary."""
-        weight = (self.lm_head or self.embed_tokens).weight
-        odd = -len(weight) % 64
-        return F.pad(weight, (0, 0, 0, odd)) if odd else weight
+        return self.tables()[-1].weight
 
     def logits(self, h, table=None):
         return F.linear(h, self.output_weight() if table is None else table)[..., :self.config.vocab_size]
 
     def hidden(self, tokens=None, embeds=None, cache=None, valid=None, places=None):
-        """Last hidden states (B, T, d) of token ids (B, T) or embeddings (B, T, d). A cache's first pass is
-        causal; `valid` (B, T) is unset at right-padding there, later at columns that do not count. `places`
-        (M,) are those of the flat (B * T) that are no padding: the first pass then works on these alone."""
+        """Last hidden states (B, T, d) of token ids (B, T) or embeddings (B, T, d). `valid` (B, T) is unset at
+        right-padding in a cache's first pass, which is causal, later at columns that do not count. `places`
+        (M,) of the flat (B * T) are no padding: the first pass works on these alone."""
         if embeds is None:
             embeds = self.embed_tokens(tokens)
         (B, T), run, kv = embeds.shape[:2], self.run_block, []
@@ -278,23 +279,27 @@ class LLaMA(nn.Module):
         return self.norm(x) if places is None else spread(self.norm(x), places, (B, T))
 
     @torch.no_grad()
-    def add_tokens(self, ids, like=None):
-        """Rows `ids`, old or new, become copies of row `like` or of the mean row."""
-        self.config.vocab_size = size = max(self.config.vocab_size, *(i + 1 for i in ids))
-        for module in filter(None, (self.embed_tokens, self.lm_head)):
-            w = module.weight
+    def add_tokens(self, ids=(), like=None):
+        """Rows `ids`, old or new, become copies of row `like` or of the mean row. Rows of zeros follow, in memory
+        alone, up to a multiple of 64: GPU kernels are slow on an odd vocabulary."""
+        known = self.config.vocab_size
+        size = self.config.vocab_size = max([known, *(i + 1 for i in ids)])
+        for module in self.tables():
+            w = module.weight[:known]
             row = w.mean(dim=0) if like is None else w[like]
-            module.weight = nn.Parameter(torch.cat((w, row.expand(size - len(w), -1))))
-            module.weight[ids] = row
+            w = torch.cat((w, row.expand(size - known, -1)))
+            module.weight = nn.Parameter(F.pad(w, (0, 0, 0, -size % 64)))
+            module.weight[list(ids)] = row
 
     def disk_parts(self):
-        """{name in a Hugging Face file: tensor}. What is one matrix here is several there."""
+        """{name in a Hugging Face file: tensor}; one matrix here may be several there."""
         H, KV, D = self.layers[0].sizes
         q, k, w = H * D, KV * D, self.config.intermediate_size
         split = {"qkv_proj": dict(q_proj=q, k_proj=k, v_proj=k), "gate_up_proj": dict(gate_proj=w, up_proj=w)}
         parts = {}
         for name, p in self.named_parameters():
             ours, start = name.split(".")[-2], "" if name == "lm_head.weight" else "model."
+            p = p[:self.config.vocab_size] if ours in ("embed_tokens", "lm_head") else p
             theirs = split.get(ours, {ours: len(p)})
             for part, rows in zip(theirs, p.detach().split(list(theirs.values()))):
                 parts[start + name.replace(ours, part)] = rows
@@ -302,8 +307,8 @@ class LLaMA(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
-        """Read config.json and model.safetensors or its shards. A ValueError names the file at fault.
-        Peak memory is the model in `dtype` and a part of a tensor."""
+        """Read config.json and model.safetensors or its shards. ValueError names the file at fault. Peak memory
+        is the model in `dtype` and a part of a tensor."""
         raw, found = read_json(f"{path}/config.json"), tensor_files(Path(path))
         try:
             config = LLaMAConfig.from_dict(raw)
@@ -311,16 +316,18 @@ class LLaMA(nn.Module):
                 model = cls(config)
         except (ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as e:
             raise ValueError(f"{path}/config.json: {one_line(e)}") from None
-        twin = found.pop("lm_head.weight", None) if config.tie_word_embeddings else None
+        if config.tie_word_embeddings:
+            found.pop("lm_head.weight", None)  # a copy of the embedding in some files
         check_tensors(found, model.disk_parts(), path)
-        table = found["model.embed_tokens.weight"]
-        if twin and (twin[2:] != table[2:] or not read_tensor(*twin).equal(read_tensor(*table))):
-            raise ValueError(f"{twin[0]}: lm_head.weight is not the embedding: tie_word_embeddings is wrong")
         model = model.to(dtype).to_empty(device=device)
+        for module in model.tables():
+            module.weight.data[config.vocab_size:] = 0
         for name, out in model.disk_parts().items():
+            file, stored, *_ = found[name]
             step = 2**24 // out[0].numel() + 1  # rows at a time
             for i in range(0, len(out), step):
-                out[i:i + step] = read_tensor(*found[name], slice(i, i + step))
+                with safe_open(file, framework="pt") as f:  # until it is closed, what was read counts as memory
+                    out[i:i + step] = f.get_slice(stored)[i:i + step]
         return model
 
     def save_pretrained(self, path):
@@ -361,10 +368,8 @@ def save_tensors(tensors, file):
 def tensor_files(path):
     """tensor_headers of model.safetensors or else of its shards."""
     files, index = [path / "model.safetensors"], path / "model.safetensors.index.json"
-    if index.exists() and files[0].exists():
-        print(f"note: {files[0]} is read, not the shards of {index.name}", file=sys.stderr)
-    elif index.exists():
-        try:  # only names of files in this folder, whatever the index says
+    if index.exists() and not files[0].exists():
+        try:  # only files in this folder, whatever the index says
             files = {path / one_line(Path(name).name) for name in read_json(index)["weight_map"].values()}
         except (TypeError, KeyError, AttributeError):
             raise ValueError(f"{index}: weight_map must map tensor names to file names") from None
@@ -390,9 +395,3 @@ def check_tensors(found, wanted, path):
         file, _, shape, dtype = found[name]
         if shape != list(p.shape) or dtype not in ("F64", "F32", "F16", "BF16"):
             raise ValueError(f"{file}: {name} must be floats {list(p.shape)}, not {dtype} {one_line(shape)}")
-
-
-def read_tensor(file, name, shape, dtype, rows=slice(None)):
-    """Rows of a tensor. What is read counts as the process's memory until the file is closed."""
-    with safe_open(file, framework="pt") as f:
-        return f.get_slice(name)[rows]

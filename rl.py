@@ -84,8 +84,7 @@ class LogProbs(nn.Module):
         if not self.path and model.latent_head is not None and not model.config.vae:
             model.latent_head.requires_grad_(False)  # fixed latents without a density
 
-    def forward(self, rollout, fixed=False):
-        """fixed: hold latents fixed by path too, which else has no latent, mu and logvar."""
+    def forward(self, rollout):
         policy, config, plan, prefix = self.model.policy, self.model.config, rollout.plan, rollout.prefix
         (B, N, c, _), A = plan.z.shape, rollout.tokens.shape[1]
         used, written = first(plan.steps, N), first(rollout.lengths, A)
@@ -95,7 +94,7 @@ class LogProbs(nn.Module):
         skip = 0 if config.latent else 1  # the prefix gives the first token
         text = nn.functional.pad(rollout.tokens[:, :-1], (1, 0), value=config.end_id)[:, skip:]
         latent = stop = mu = logvar = None
-        if config.latent and self.path and not fixed:
+        if config.latent and self.path:
             # the cache keeps the latents
             stop = self.model.think(h0, cache, plan.steps, N, rollout.eps).stop_logits
             h = policy.hidden(text, cache=cache, valid=written)
@@ -122,11 +121,9 @@ class LogProbs(nn.Module):
 
 
 def divergence(new, reference, rollout):
-    """KL(policy || reference) of each rollout (B,): what the policy does, measured by the reference.
-
-    Means over latents (closed form, summed over d), stops and tokens: q/p - log q/p - 1, p the policy, q
-    the reference (GRPO, arXiv 2402.03300, equation 4). Its mean over samples of p is KL(p || q). Its
-    gradient, samples fixed, is that of KL(q || p): p goes up where q is larger."""
+    """KL(policy || reference) of each rollout (B,): means over latents (score alone: closed form, summed over
+    d), stops and tokens: q/p - log q/p - 1, p the policy, q the reference (GRPO, arXiv 2402.03300, equation
+    4). Its mean over samples of p is KL(p || q), its gradient, samples fixed, that of KL(q || p)."""
     steps, N, parts = rollout.plan.steps, rollout.plan.z.shape[1], []
     if new.mu is not None:  # in the units of the reference, which is N(0, 1) there
         mu = (new.mu - reference.mu) * torch.exp(-0.5 * reference.logvar)
@@ -232,11 +229,7 @@ def update(run, ddp, reference, optimizer, rollout, advantage, step, ids):
                     loss, stats = objective(new, old, cut, a, cfg.minibatch, cfg.ratio_clip,
                                             cfg.latent_coef, cfg.latent_mean)
                     if reference is not None:
-                        origin = reference(cut)
-                        # sampled latents are actions, by path too
-                        if origin.mu is not None and new.mu is None:
-                            new = log_probs(cut, fixed=True)
-                        kl = divergence(new, origin, cut).sum()
+                        kl = divergence(new, reference(cut), cut).sum()
                         loss, stats["kl"] = loss + cfg.kl_coef * kl / cfg.minibatch, kl.detach()
                 (loss * run.world).backward()  # DDP takes the mean; the losses are shares of a sum
             sums = {k: sums.get(k, 0) + v for k, v in stats.items()}

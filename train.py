@@ -14,7 +14,6 @@ import gc
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -22,7 +21,6 @@ import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -44,21 +42,21 @@ from vae import (END, METHODS, RL_ORDER, SFT_NOISE, START, WEIGHTS, LatentConfig
 # --- settings ---
 
 def setting(default, note, **more):
-    """A field of Config, with its note in --help. more: choices; least (0); chain, pretrained: the default in
-    these cases; own: --init does not take it from a checkpoint; free: a resumed run may change it."""
+    """A field of Config and its note in --help. more: choices; least; chain, pretrained: the default there;
+    own: not taken over from --init's checkpoint; free: a resumed run may change it."""
     return field(default=default, metadata={"note": note, **more})
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-STAGES = ("all", "cot", "vae", "rl")
 DTYPES = ("auto", "float32", "bfloat16")
+SWITCH = argparse.BooleanOptionalAction
 AUTO = dict(choices=("auto", "yes", "no"))
 RUN = dict(own=True, free=True)
 
 
 @dataclass
 class Config:
-    stage: str = setting("all", "all (vae, rl, evaluation), cot, vae, rl", choices=STAGES, **RUN)
+    stage: str = setting("all", "all (vae, rl, evaluation), cot, vae, rl", choices=("all", "cot", "vae", "rl"), **RUN)
     method: str = setting("atp", "atp, simcot, coconut, cot, nocot", choices=tuple(METHODS))
     init: str = setting("", "Hugging Face LLaMA, or checkpoint or run of ours (rl: out_dir/vae)", **RUN)
     data: str = setting("builtin", "builtin, chain, gsm8k, gsm8k_aug, or a file", pretrained="gsm8k_aug")
@@ -132,41 +130,37 @@ SECTIONS = {"stage": "run", "hidden_size": "model from nothing", "thoughts_per_s
 
 
 def defaults(case):
-    """The defaults of a case, chain or pretrained (the paper's recipe), that differ."""
+    """What differs by default in a case: chain, or pretrained (the paper's recipe)."""
     return {name: f.metadata[case] for name, f in FIELDS.items() if case in f.metadata}
 
 
 def help_text():
     lines = [__doc__, f"  {'setting':<27}{'default':>9}{'chain':>7}{'pretrained':>12}"]
     for name, f in FIELDS.items():
-        if name in SECTIONS:
-            lines.append(f"{SECTIONS[name]}:")
+        lines += [f"{SECTIONS[name]}:"] if name in SECTIONS else []
         chain, pretrained = (str(f.metadata.get(case, "")) for case in ("chain", "pretrained"))
         lines.append(f"  --{name:<25}{f.default!s:>9}{chain:>7}{pretrained:>12}  {f.metadata['note']}")
     return "\n".join(lines) + "\n"
 
 
 def parse(argv):
-    """The flags that were given, as a dict. Each field of Config is a flag."""
-    def boolean(text):
-        return bool(("false", "true").index(text.lower()))
-
+    """The flags that were given, as a dict. Each field of Config is a flag (a boolean one also as --no-...)."""
     parser = Parser(argument_default=argparse.SUPPRESS)
     parser.format_help = help_text
     for name, f in FIELDS.items():
-        kind = dict(type=boolean, nargs="?", const=True) if f.type is bool else dict(type=f.type)
-        parser.add_argument(f"--{name}", choices=f.metadata.get("choices"), **kind)
+        kind = dict(type=f.type, choices=f.metadata.get("choices"))
+        parser.add_argument(f"--{name}", **dict(action=SWITCH) if f.type is bool else kind)
     return vars(parser.parse_args(argv))
 
 
 def resolve(given):
-    """The Config of a run: defaults, then those of the case or the checkpoint's settings, then the flags."""
+    """The Config of a run: defaults, then those of its case or its --init, then the flags."""
     init, values = given.get("init", ""), {}
     if not init and given.get("stage") == "rl":
-        init = str(Path(given.get("out_dir", Config.out_dir)) / "vae")
+        init = str(Path(given.get("out_dir", Config.out_dir), "vae"))
     if init and not Path(init).is_dir():
         raise FileNotFoundError(f"--init {init}: no such directory (RL begins where --stage vae ended)")
-    if init and (Path(init) / "config.json").is_file() and not (Path(init) / "train.json").is_file():
+    if init and Path(init, "config.json").is_file() and not Path(init, "train.json").is_file():
         values = defaults("pretrained")
         if given.get("method") in ("simcot", "coconut"):
             values |= {"max_steps": 3, "final_epochs": 19.0}  # as many epochs as 10 steps have
@@ -223,7 +217,7 @@ class Run:
         exact = name == "rl" and cfg.latent_grad == "score" and cfg.dtype == "auto"
         self.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and self.gpu and not exact)
         torch.set_float32_matmul_precision("highest" if exact or cfg.dtype == "float32" else "high")
-        self.began, self.signal = time.time(), 0  # number of a signal that asks the run to stop
+        self.began, self.signal = time.time(), 0  # signal: the number of one that asks the run to stop
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
@@ -245,14 +239,11 @@ class Run:
             dist.all_reduce(t)
         return dict(zip(values, (t / self.world).tolist()))
 
-    def memory_gb(self):
-        """Peak so far, of the GPU if there is one, in GiB."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return (torch.cuda.max_memory_allocated() if self.gpu else peak) / 2**30
-
     def log(self, **values):
-        """Append a line to metrics.jsonl, with seconds since the start and peak memory."""
-        values |= {"seconds": round(time.time() - self.began, 2), "memory_gb": round(self.memory_gb(), 3)}
+        """Append a line to metrics.jsonl, with seconds since the start and the GPU's peak in GiB."""
+        values["seconds"] = round(time.time() - self.began, 2)
+        if self.gpu:
+            values["memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
         if self.main:
             with open(self.dir / "metrics.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(values) + "\n")
@@ -264,12 +255,12 @@ class Run:
 
     def steps(self, total):
         """The steps still to be made, as a bar where there is a terminal."""
-        begun = self.state["step"]
-        return tqdm(range(begun, total), self.name, total, initial=begun, disable=None if self.main else True)
+        done = self.state["step"]
+        return tqdm(range(done, total), self.name, total, initial=done, disable=None if self.main else True)
 
     def clip_gradients(self, optimizer, clip, step, ids, parts):
-        """The gradient norm before clipping. FloatingPointError where it is not finite, before the weights
-        are touched: it names the step, the loss parts and the examples."""
+        """The gradient norm before clipping. FloatingPointError where it is not finite, with the step, the loss
+        parts and the examples: the weights are not touched yet."""
         params = [p for group in optimizer.param_groups for p in group["params"]]
         norm = float(torch.nn.utils.clip_grad_norm_(params, clip or math.inf))
         if not math.isfinite(norm):
@@ -289,14 +280,11 @@ class Run:
         return self.signal > 0 if self.world == 1 else self.mean({"signal": self.signal})["signal"] > 0
 
 
-@lru_cache(maxsize=4)
-def permutation(seed, epoch, n):
-    return np.random.default_rng([seed, epoch]).permutation(n)
-
-
 def batch_indices(seed, step, n, size):
     """Indices of the examples of global batch `step`. Epochs follow one another without a short batch."""
-    return [int(permutation(seed, p // n, n)[p % n]) for p in range(step * size, (step + 1) * size)]
+    epochs, places = np.divmod(np.arange(step * size, (step + 1) * size), n)
+    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(n) for epoch in {*epochs.tolist()}}
+    return [int(orders[epoch][place]) for epoch, place in zip(epochs.tolist(), places)]
 
 
 def make_optimizer(model, cfg, weight_decay=0.0, ckpt=None):
@@ -325,17 +313,14 @@ def build(cfg, run):
     policy is kept; RL refuses it."""
     torch.manual_seed(generator(cfg.seed, WEIGHTS).initial_seed())
     init, model, tokenizer = cfg.init, None, Tokenizer.from_pretrained(cfg.init or ASSETS)
-    switches = {part: getattr(cfg, part) for part in ("vae", "stop", "decode")}
-    switches = {part: value == "yes" for part, value in switches.items() if value != "auto"}
-    parts = METHODS[cfg.method] | switches
-    if init and (Path(init) / "latent.json").is_file():
+    parts, known = dict(METHODS[cfg.method]), START in tokenizer.special
+    for part in ("vae", "stop", "decode"):
+        parts[part] = {"yes": True, "no": False, "auto": parts[part]}[getattr(cfg, part)]
+    if init and Path(init, "latent.json").is_file():
         model = LatentReasoner.from_pretrained(init, device=run.device, decode=parts["decode"])
-        policy = model.policy
-    elif init:
-        policy = LLaMA.from_pretrained(init, device=run.device)
+    policy = model and model.policy or init and LLaMA.from_pretrained(init, device=run.device)
     if init:
         check_vocabulary(tokenizer, policy, init)
-    known = START in tokenizer.special
     start, end = tokenizer.add_special(START, END)
     if not init:
         policy = LLaMA(LLaMAConfig(
@@ -358,8 +343,8 @@ def build(cfg, run):
 
 
 def read_data(run, split):
-    """Encoded examples of a split. What imitates steps takes questions that show them, at most cfg.annotated.
-    RL, validation and answer-only training use all. What is left out is said."""
+    """Encoded examples of a split. Imitation takes those that show their steps, at most cfg.annotated; RL,
+    validation and answer-only training take all."""
     cfg, data = run.cfg, run.cfg.data
     context = min(cfg.context, run.model.policy.config.max_position_embeddings)
     fits, long = encode_all(load(data, split, cfg.data_dir), run.tokenizer, context)
@@ -384,6 +369,7 @@ def save_checkpoint(run, optimizer):
     part = run.dir / f".tmp-{final.name}"
     names = {p: n for n, p in run.model.named_parameters()}
     tensors = {f"{key}.{names[p]}": v for p, s in optimizer.state.items() for key, v in s.items()}
+    run.state["logged"] = (run.dir / "metrics.jsonl").stat().st_size
     try:
         run.model.save_pretrained(part)
         run.tokenizer.save_pretrained(part)
@@ -397,22 +383,22 @@ def save_checkpoint(run, optimizer):
 
 
 def tidy(run, keep):
-    """Keep the newest checkpoints and the best by validation, and AdamW's state in the newest alone."""
+    """Keep the newest checkpoints and the best by validation; AdamW's state only in the newest."""
     for age, ckpt in enumerate(sorted(run.dir.glob("step-*"), reverse=True)):
         if age >= keep and int(ckpt.name[5:]) != run.state["best"].get("step"):
-            hidden = ckpt.with_name(f".tmp-{ckpt.name}")  # a checkpoint is whole, or it has another name
-            os.replace(ckpt, hidden)
-            shutil.rmtree(hidden)
+            # a checkpoint is whole, or it has another name
+            shutil.rmtree(ckpt.replace(ckpt.with_name(f".tmp-{ckpt.name}")))
         elif age > 0:
             (ckpt / "optimizer.safetensors").unlink(missing_ok=True)
 
 
 def resume_point(cfg, given, folder):
     """(cfg, checkpoint, its state) to go on with: the run's own settings, but for those that are free."""
+    state = {"step": 0, "best": {}, "skipped": 0, "logged": 0}  # logged: bytes of metrics.jsonl
     if not cfg.resume or not list(folder.glob("step-*/train.json")):
-        return cfg, None, {"step": 0, "best": {}, "skipped": 0}
+        return cfg, None, state
     ckpt = find_checkpoint(folder)
-    state = read_state(ckpt)
+    state |= read_state(ckpt)
     saved = state.pop("config")
     kept = {k: v for k, v in saved.items() if k in FIELDS and not FIELDS[k].metadata.get("free")}
     for k, v in kept.items():
@@ -425,9 +411,9 @@ def resume_point(cfg, given, folder):
 
 @contextmanager
 def begin(cfg, name, given):
-    """The Run of a stage, new or resumed. A new run takes the place of an earlier one in its folder, once
-    nothing can be wrong with the settings any more. The folder is its own until the `with` block ends."""
-    folder = Path(cfg.out_dir) / name
+    """The Run of a stage, new or resumed, alone in its folder until the `with` block ends. A new run replaces
+    an earlier one there, once nothing can be wrong with its settings any more."""
+    folder = Path(cfg.out_dir, name)
     cfg, ckpt, state = resume_point(cfg, given, folder)
     run = Run(cfg, name)
     run.resumed, run.state = ckpt, state
@@ -460,7 +446,7 @@ def begin(cfg, name, given):
 
 
 def take_folder(run, lock):
-    """Lock it. Remove what a kill left half done and, where a run begins anew, what an earlier one left."""
+    """Lock it, and remove what a kill, or an earlier run, left there after the point where this run begins."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -468,30 +454,14 @@ def take_folder(run, lock):
     for leftover in run.dir.glob(".tmp-*"):
         shutil.rmtree(leftover)
     tidy(run, run.cfg.keep if run.resumed else 0)
-    metrics = run.dir / "metrics.jsonl"
-    if run.resumed and metrics.exists():
-        cut_metrics(metrics, run.state["step"])
-    elif not run.resumed:
-        metrics.unlink(missing_ok=True)
+    with open(run.dir / "metrics.jsonl", "ab") as f:
+        f.truncate(min(f.tell(), run.state["logged"]))
     if run.cfg.resume:
         run.say(f"{run.name}: resumed at step {run.state['step']} ({run.resumed or 'no checkpoint'})")
 
 
-def cut_metrics(file, step):
-    """Drop what was logged after a step, or cut by a kill. ValueError for a line that is none of ours."""
-    kept, number = "", 0
-    try:
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(keepends=True), 1):
-            kept += line if line.endswith("\n") and json.loads(line)["step"] <= step else ""
-    except (ValueError, TypeError, KeyError):
-        raise ValueError(f"{file}:{number}: not a line of metrics (JSON with a step); delete it") from None
-    file.with_suffix(".tmp").write_text(kept, encoding="utf-8")
-    os.replace(file.with_suffix(".tmp"), file)
-
-
 def finish_step(run, optimizer, stage, due, total):
-    """Validate where it is due, save where that is due, and stop where a signal asked for it: SystemExit with
-    128 + its number."""
+    """Validate and save where it is due. SystemExit, 128 + signal, where one asked the run to stop."""
     step, better = run.state["step"], due and validate(run, stage)
     stop = run.asked_to_stop()
     if better or stop or step == total or step % run.cfg.save_every == 0:
@@ -502,9 +472,8 @@ def finish_step(run, optimizer, stage, due, total):
 
 
 def validate(run, stage):
-    """Greedy figures on validation questions; each process does its share. Returns whether they are the best.
-    Stage 0 of a latent method still writes text, and has nothing to measure."""
-    if run.model.config.latent and stage == 0:
+    """Greedy figures on validation questions; each process does its share. Returns whether they are the best."""
+    if run.model.config.latent and stage == 0:  # it still writes text: there is nothing to measure
         return False
     mine, best = run.valid[run.rank::run.world], run.state["best"]
     figures, _ = evaluation.evaluate(run.model, run.tokenizer, mine, bf16=run.bf16)
@@ -514,8 +483,7 @@ def validate(run, stage):
     run.log(step=run.state["step"], stage=stage, valid=figures)
     shown = ", ".join(f"{k} {v:.3f}" for k, v in figures.items())
     run.say(f"{run.name} step {run.state['step']} stage {stage}: validation {shown}")
-    better = figures["accuracy"] > best.get("accuracy", -1)
-    if better:
+    if better := figures["accuracy"] > best.get("accuracy", -1):
         best |= {"step": run.state["step"], "accuracy": figures["accuracy"]}
     return better
 
@@ -523,7 +491,7 @@ def validate(run, stage):
 # --- supervised stage (paper, section 3.2) ---
 
 def curriculum(cfg, latent, n):
-    """[(stage, its first step, its last + 1)]: stage s has its first s steps latent; 0 is text."""
+    """[(stage, its first step, its last + 1)]: at stage s the first s steps are latent; 0 is text."""
     epochs = {0: cfg.cot_epochs, **{s: cfg.epochs_per_stage for s in range(1, cfg.max_steps + 1)}}
     epochs[cfg.max_steps] += cfg.final_epochs
     epochs = epochs if latent else {0: sum(epochs.values())}
@@ -641,8 +609,7 @@ def make_reference(run):
         raise ValueError(f"--init {run.cfg.init} is not the checkpoint that this run began with")
     if run.compile:
         start.policy.compile_blocks()
-    # latents that are not sampled are no actions: the reference makes its own
-    return LogProbs(start, run.cfg.temperature, "score" if start.config.vae else run.cfg.latent_grad)
+    return LogProbs(start, run.cfg.temperature)
 
 
 def train_rl(cfg, name, given):

@@ -3,10 +3,10 @@
     question  <|start-latent|>  z z | z z | z z  <|end-latent|>  ### answer  <eos>
                                 step1 step2 step3
 
-The policy's own reasoning pass is the encoder: from the hidden state before it, each latent is drawn from
-N(mu, sigma^2) and fed back as the next input embedding. The decoder, a second LLaMA, reads the latents of one
-step and writes that step in words. The stop head looks at the first latent of a step. One loop,
-`LatentReasoner.think`, serves training (with gradients through the whole chain) and rollouts.
+The policy is the encoder: each latent is drawn from N(mu, sigma^2), made from the hidden state before it, and
+is the next input embedding. The decoder, a second LLaMA, reads the latents of one step and writes that step in
+words. The stop head looks at the first latent of a step. One loop, `LatentReasoner.think`, serves training
+(with gradients through the whole chain) and rollouts.
 """
 
 import copy
@@ -42,14 +42,14 @@ class LatentConfig:
     latent: bool  # think in latents, else in text (cot) or not at all (nocot)
     head: bool    # a latent head makes z from h, else h itself is fed back
     vae: bool     # z is sampled and there is a KL term, else z = mu
-    stop: bool    # a stop head ends the plan, else every question gets max_steps steps
+    stop: bool    # a stop head ends the plan, else all have max_steps steps
     decode: bool  # a decoder must write each step from its latents
     thoughts_per_step: int  # c
     max_steps: int          # K
     start_id: int    # <|start-latent|>
     end_id: int      # <|end-latent|>
     eos_id: int
-    vocab_size: int  # ids that the tokenizer has: the weights may have more rows, which are never sampled
+    vocab_size: int  # of the tokenizer: further rows of the weights are never sampled
 
     def __post_init__(self):
         for name, kind in self.__annotations__.items():
@@ -63,7 +63,7 @@ class LatentConfig:
             raise ValueError(f"--vae, --stop or --decode yes does not go with --method {self.method}")
 
     def latent_steps(self, example, stage):
-        """How many steps of `example` are latent at curriculum stage `stage` (paper, section 3)."""
+        """How many steps of `example` are latent at a curriculum stage (paper, section 3)."""
         n = min(stage, self.max_steps) if self.latent else 0
         return min(n, len(example.steps)) if self.stop else n
 
@@ -127,7 +127,7 @@ class Padded(NamedTuple):
 
 
 def generator(*ids):
-    """A CPU generator of random numbers that depends on the numbers given and on nothing else."""
+    """Random numbers on the CPU that depend on the numbers given and on nothing else."""
     seed = np.random.SeedSequence(ids).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed >> 1))
 
@@ -144,19 +144,18 @@ def moved(record, device):
     """A NamedTuple with its tensors on `device`. A copy from pinned memory does not make the CPU wait."""
     if isinstance(record, tuple):
         return record._make(moved(v, device) for v in record)
-    if not torch.is_tensor(record) or device.type == "cpu":
-        return record
-    return record.pin_memory().to(device, non_blocking=True)
+    on_cpu = device.type == "cpu" or not torch.is_tensor(record)
+    return record if on_cpu else record.pin_memory().to(device, non_blocking=True)
 
 
 # --- batches of the supervised stage ---
 
 class Batch(NamedTuple):
-    """One micro-batch. Losses are weighed as parts of the global batch's mean, so that they and their
-    gradients add up. All places are found here, on the CPU: a GPU is never asked for them."""
+    """One micro-batch. Losses are shares of the global batch's mean, so that they and their gradients add up.
+    All places are found on the CPU: a GPU is never asked for them."""
 
     prefix: Padded              # (B, S) question and <|start-latent|>; without latents: question and text
-    text: Padded                # (B, T) <|end-latent|>, remaining steps, answer; without latents: = prefix
+    text: Padded                # (B, T) <|end-latent|>, remaining steps, answer; without latents: prefix
     answer_at: torch.Tensor     # (A,) places in the flat (B * T) where a token is asked for
     answer: torch.Tensor        # (A,) that token
     answer_share: float         # 1 / tokens asked for in the global batch
@@ -171,23 +170,23 @@ class Batch(NamedTuple):
 
 
 def remaining_text(example, config, stage):
-    """Token ids after the latents: the steps that are still text, and the answer. Where all allowed steps are
-    latent, the last one stands for all the rest."""
+    """Token ids after the latents: the steps that are still text, and the answer. At the last stage the last
+    latent step stands for all the rest."""
     done = config.method == "nocot" or (config.latent and stage >= config.max_steps)
     steps = [] if done else example.steps[config.latent_steps(example, stage):]
     return sum(steps, []) + example.answer
 
 
 def decoded_text(example, config, k):
-    """Token ids that latent step k must decode to. The last allowed step stands for all the rest. An idle
-    step, beyond those of the example, decodes the answer (as SIM-CoT's code has it)."""
+    """Token ids that latent step k must decode to; the last allowed step, all the rest. An idle step, beyond
+    those of the example, decodes the answer (as in SIM-CoT's code)."""
     steps = example.steps[k:] if k == config.max_steps - 1 else example.steps[k:k + 1]
     return sum(steps, []) + [config.eos_id] if steps else example.answer
 
 
 def collate(examples, config, stage, noise=None, total_examples=None, total_tokens=None):
-    """A Batch of data.Encoded examples at curriculum stage `stage` (0: all text). noise: (B, n, c, d), n at
-    least N + 1 or K. total_*: of the global batch of which this is a part. Default: it is the whole."""
+    """A Batch of data.Encoded examples at a curriculum stage (0: all text). noise: (B, n, c, d), n at least
+    N + 1 or K. total_*: of the global batch, by default this one."""
     steps = [config.latent_steps(e, stage) for e in examples]
     rest = [remaining_text(e, config, stage) for e in examples]
     N, skip = max(steps), [0] * len(examples)
@@ -205,7 +204,7 @@ def collate(examples, config, stage, noise=None, total_examples=None, total_toke
     words = [decoded_text(examples[b], config, k) for b, k in decodes]
     decode = Padded.of(words)
     share = 1 / (total_examples or len(examples))
-    # the log-likelihood of a step's whole text: summed over its tokens, mean over the example's steps
+    # log-likelihood of a step: summed over its tokens, mean over the example's steps
     decode_share = [share / steps[b] for (b, _), w in zip(decodes, words) for _ in w]
     places = lambda ids: torch.tensor(ids, dtype=torch.long)
     return Batch(prefix, text, places(answer_at), places(answer), 1 / (total_tokens or len(answer)), share,
@@ -216,8 +215,8 @@ def collate(examples, config, stage, noise=None, total_examples=None, total_toke
 # --- rollouts ---
 
 class Noise(NamedTuple):
-    """All randomness of a set of rollouts, drawn on the CPU for the global batch and then cut by rows:
-    samples depend neither on the number of processes nor on how the batch is split."""
+    """All randomness of rollouts, drawn on the CPU for the global batch and then cut by rows: samples do not
+    depend on how the batch is split."""
 
     latent: torch.Tensor  # (B, K, c, d) standard normal
     stop: torch.Tensor    # (B, K) uniform
@@ -231,14 +230,14 @@ class Noise(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Latent plans of up to N steps. Of row b, steps 0 .. steps[b] - 1 count."""
+    """Latent plans of up to N steps, of which the first `steps` count."""
 
     z: torch.Tensor                   # (B, N, c, d) as fed to the policy
     mu: torch.Tensor                  # (B, N, c, d)
     logvar: torch.Tensor | None       # (B, N, c, d), None where z is not sampled
     steps: torch.Tensor               # (B,)
     stopped: torch.Tensor             # (B,) bool: chose to stop. False: ran into the limit
-    stop_logits: torch.Tensor | None  # (B, N + 1, 2) at the first latent of each step, and of the next
+    stop_logits: torch.Tensor | None  # (B, N + 1, 2) at the first latent of each step and of the next
     stop_z: torch.Tensor | None       # (B, d) the dropped latent at which the row stopped
 
 
@@ -253,7 +252,7 @@ class Rollout(NamedTuple):
     lengths: torch.Tensor     # (B,) of `tokens`
 
     def part(self, questions, members):
-        """The rollouts of some members (list) of the groups of some questions (list)."""
+        """The rollouts of some members of the groups of some questions (lists)."""
         questions, members = (torch.tensor(x, device=self.tokens.device) for x in (questions, members))
         rows = (questions[:, None] * self.group + members).flatten()
         cut = lambda values: [None if v is None else v[rows] for v in values]
@@ -262,7 +261,7 @@ class Rollout(NamedTuple):
 
 
 def sample(logits, uniform=None, temperature=1.0):
-    """Token ids (B,) of logits (B, V): the likeliest, or by inverse transform sampling with uniform (B,)."""
+    """Token ids (B,) of logits (B, V): the likeliest, or by inverse transform of uniform (B,)."""
     if uniform is None or not temperature:
         return logits.argmax(dim=-1)
     cdf = (precise(logits) / temperature).softmax(dim=-1).cumsum(dim=-1)
@@ -271,8 +270,8 @@ def sample(logits, uniform=None, temperature=1.0):
 
 
 def generate(model, h, cache, vocab_size, ends, max_tokens, uniform=None, temperature=1.0):
-    """Continue every row from its last hidden state h (B, d) until one of the ids `ends` or max_tokens. With
-    uniform (B, max_tokens) tokens are sampled. Returns tokens (B, A) and lengths (B,), the end counted."""
+    """Continue each row from its last hidden state h (B, d) to one of the ids `ends` or max_tokens, sampling
+    with uniform (B, max_tokens). Returns tokens (B, A) and lengths (B,), the end counted."""
     weight, ends = model.output_weight().to(product_dtype(h)), torch.tensor(ends, device=h.device)
     alive = torch.ones(len(h), dtype=torch.bool, device=h.device)
     tokens, lengths = [], torch.zeros(len(h), dtype=torch.long, device=h.device)
@@ -289,8 +288,8 @@ def generate(model, h, cache, vocab_size, ends, max_tokens, uniform=None, temper
 
 
 def text_loss(model, h, targets, weights):
-    """sum_i w_i CE(logits of h_i, target_i) of h (M, d), targets and w (M,). Where all logits would be too
-    many, some rows are differentiated at a time."""
+    """sum_i w_i CE(logits of h_i, target_i) of h (M, d), targets and w (M,). Of too many logits, those of some
+    rows are made and differentiated at a time."""
     def part(h, table, targets, weights):
         loss = F.cross_entropy(precise(model.logits(h, table)), targets, reduction="none")
         return (loss * weights).sum()
@@ -298,26 +297,24 @@ def text_loss(model, h, targets, weights):
     rows, table = max(1, MAX_LOGITS[h.device.type] // model.config.vocab_size), model.output_weight()
     if len(h) <= rows:
         return part(h, table, targets, weights)
-    leaf, leaf_table = (x.detach().requires_grad_() for x in (h, table))
-    total = 0.0
-    for i in range(0, len(h), rows):
-        own = slice(i, i + rows)
+    (leaf, leaf_table), total = (x.detach().requires_grad_() for x in (h, table)), 0.0
+    for own in zip(leaf.split(rows), targets.split(rows), weights.split(rows)):
         with torch.enable_grad():
-            loss = part(leaf[own], leaf_table, targets[own], weights[own])
+            loss = part(own[0], leaf_table, *own[1:])
         loss.backward()
         total = total + loss.detach()
     # a term that is 0 hands these gradients on to h and the table
-    carried = (h * leaf.grad).sum() + (table * leaf_table.grad).sum()
+    carried = sum(x.flatten().dot(x_leaf.grad.flatten()) for x, x_leaf in ((h, leaf), (table, leaf_table)))
     return total + carried - carried.detach()
 
 
 def stop_places(steps, stopped, width):
-    """Bool mask (B, width) of the step at which a row stops: `steps`, or none."""
+    """Bool mask (B, width) of the step at which each row stops, if it does."""
     return (torch.arange(width, device=steps.device) == steps[:, None]) & stopped[:, None]
 
 
 def stop_terms(stop_logits, steps, stopped):
-    """log p of each decision (B, N + 1): continue at steps 0 .. steps - 1, stop at `steps` if chosen."""
+    """log p of each decision (B, N + 1): to continue at the first `steps`, to stop at the next if chosen."""
     N, logp = stop_logits.shape[1], F.log_softmax(stop_logits, dim=-1)
     return logp[..., 0] * first(steps, N) + logp[..., 1] * stop_places(steps, stopped, N)
 
@@ -325,10 +322,9 @@ def stop_terms(stop_logits, steps, stopped):
 # --- the model ---
 
 class LatentReasoner(nn.Module):
-    """Policy, latent head, stop head and decoder. forward(Batch) gives the parts of the supervised loss."""
+    """Policy, latent head, stop head and decoder (by default a copy of the policy)."""
 
     def __init__(self, policy, config, decoder=None):
-        """decoder: by default a copy of the policy, if config.decode asks for one."""
         super().__init__()
         self.policy, d = policy, policy.config.hidden_size
         self.configure(config)
@@ -349,7 +345,7 @@ class LatentReasoner(nn.Module):
 
     @property
     def ends(self):
-        """The ids that end a text: <eos>, and what else config.json has as eos_token_id."""
+        """Ids that end a text: <eos> and those of config.json's eos_token_id."""
         ids = self.policy.config.eos_token_id
         ids = ids if isinstance(ids, list) else [ids]
         return sorted({self.config.eos_id, *ids} - {None})
@@ -367,7 +363,7 @@ class LatentReasoner(nn.Module):
             self.latent_head.logvar.requires_grad_(False)  # nothing is sampled
 
     def latent(self, h):
-        """mu, logvar (.., d) of the latent after hidden state h. logvar is None where z is not sampled."""
+        """mu, logvar (.., d) of the latent after hidden state h; logvar None where z is not sampled."""
         if self.latent_head is None:
             return h, None
         mu, logvar = self.latent_head(h)
@@ -382,9 +378,9 @@ class LatentReasoner(nn.Module):
     def think(self, h, cache, steps=None, max_steps=None, eps=None, uniform=None):
         """The chain of latents, one position at a time, from h (B, d) at <|start-latent|>. Returns a Plan.
 
-        steps (B,), of maximum `max_steps`: how many each row gets (training). Else the stop head decides, or
-        every row gets K without one. eps (B, K, c, d): noise of the latents, None: z = mu. uniform (B, K):
-        samples the stops, None: a row stops where p(stop) > 1/2."""
+        steps (B,), of maximum max_steps: of each row (training). Else the stop head decides; without one it is
+        K. eps (B, K, c, d): noise of the latents, None: z = mu. uniform (B, K): samples the stops, None: stop
+        where p(stop) > 1/2."""
         config, dtype = self.config, self.policy.embed_tokens.weight.dtype
         decides, limit = steps is None and config.stop, config.max_steps if max_steps is None else max_steps
         drawn, stop_logits = [], []  # of each position (z, mu, logvar), of each step (B, 2)
@@ -426,8 +422,8 @@ class LatentReasoner(nn.Module):
         return [None if rows[0] is None else stack(rows) for rows in zip(*drawn)]
 
     def forward(self, batch):
-        """Loss parts of a Batch (paper, section 3.2): answer, decode, stop, kl. Each is this micro-batch's
-        share of the global batch's mean. Gradients flow through the whole chain of latents."""
+        """Loss parts of a Batch (paper, section 3.2): answer, decode, stop, kl, each a share of the global
+        batch's mean. Gradients flow through the whole chain of latents."""
         losses, policy, N = {}, self.policy, batch.max_steps
         if N == 0:
             h = policy.hidden(batch.prefix.ids, places=batch.prefix.places)
@@ -466,9 +462,9 @@ class LatentReasoner(nn.Module):
 
     @torch.no_grad()
     def rollout(self, questions, group=1, noise=None, max_tokens=16, temperature=1.0, latent_temperature=1.0):
-        """Answer each question (ids as in data.Encoded) `group` times; it is read once for its group. noise:
-        a Noise for Q x group rows, None: greedy (z = mu, stop where p(stop) > 1/2, argmax; paper, section 4).
-        temperature: of answer tokens, 0: argmax. latent_temperature: times sigma."""
+        """Answer each question (list of ids) `group` times; it is read once. noise: a Noise of Q x group rows,
+        None: greedy (z = mu, stop where p(stop) > 1/2, argmax; paper, section 4). temperature: of answer
+        tokens, 0: argmax. latent_temperature: times sigma. Returns a Rollout."""
         config, device = self.config, self.device
         start = [config.start_id] if config.latent else []
         prefix, noise = moved(Padded.of([q + start for q in questions]), device), moved(noise, device)
@@ -491,8 +487,8 @@ class LatentReasoner(nn.Module):
 
     @torch.no_grad()
     def plan_texts(self, z, steps, tokenizer, max_tokens=None, rows=512):
-        """Per row of z (B, N, c, d), of which `steps` (B,) count, what each latent step says in words
-        (greedy). All steps go through the decoder together, `rows` at a time to bound memory."""
+        """What each latent step of z (B, N, c, d), of which `steps` (B,) count, says in words (greedy): a list
+        for each row. `rows` steps at a time bound memory."""
         # a step of the built-in task has 8 tokens, and may stand for more steps elsewhere
         max_tokens = max_tokens or min(64, self.decoder.config.max_position_embeddings // 16)
         steps = steps.tolist()
@@ -507,7 +503,7 @@ class LatentReasoner(nn.Module):
         return [[next(words) for _ in range(n)] for n in steps]
 
     def texts(self, tokens, lengths, tokenizer):
-        """Text of each row of tokens (B, A) without the end, and whether one closed it."""
+        """The text of each row of tokens (B, A), and whether an end closed it."""
         rows = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())]
         ended = [bool(row) and row[-1] in self.ends for row in rows]
         return [tokenizer.decode(row[:-1] if end else row) for row, end in zip(rows, ended)], ended
@@ -515,7 +511,6 @@ class LatentReasoner(nn.Module):
     # --- checkpoints: a Hugging Face LLaMA, with the decoder and the heads beside it ---
 
     def heads(self):
-        """{name: tensor} of the latent head and the stop head."""
         return {n: p for n, p in self.state_dict().items() if not n.startswith(("policy.", "decoder."))}
 
     def save_pretrained(self, path):
@@ -529,8 +524,8 @@ class LatentReasoner(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu", decode=True):
-        """A folder that save_pretrained wrote. decode=False leaves its decoder out. ValueError and
-        FileNotFoundError name the file, as in LLaMA.from_pretrained."""
+        """A folder that save_pretrained wrote; decode=False leaves its decoder out. ValueError and
+        FileNotFoundError name the file."""
         path = Path(path)
         raw, decoder = read_json(path / "latent.json"), None
         policy = LLaMA.from_pretrained(path, dtype, device)
@@ -539,7 +534,7 @@ class LatentReasoner(nn.Module):
             config.decode &= decode
             if config.decode:
                 decoder = LLaMA.from_pretrained(path / "decoder", dtype, device)
-            tables = [llama.embed_tokens.weight.shape for llama in (policy, decoder) if llama]
+            tables = [(c.vocab_size, c.hidden_size) for c in (m.config for m in (policy, decoder) if m)]
             if config.vocab_size > tables[0][0] or tables[0] != tables[-1]:
                 raise ValueError(f"vocab_size {config.vocab_size} does not go with embeddings {tables}")
             model = cls(policy, config, decoder).to(device, dtype)
@@ -553,8 +548,8 @@ class LatentReasoner(nn.Module):
 
 
 def checkpoints(path):
-    """The newest checkpoint, by its step, of every run in `path`: a checkpoint, a run's folder or a folder of
-    runs. FileNotFoundError: there is none."""
+    """The newest checkpoint, by its step, of each run in `path`: a checkpoint, a run or a folder of runs.
+    FileNotFoundError: there is none."""
     path = Path(path)
     found = [*path.glob("train.json"), *path.glob("step-*/train.json"), *path.glob("*/step-*/train.json")]
     if not found:
@@ -569,7 +564,7 @@ def find_checkpoint(path):
 
 
 def read_state(ckpt):
-    """What train.json says of a checkpoint: the configuration it was trained with, its step."""
+    """train.json of a checkpoint: its configuration and step."""
     state = read_json(Path(ckpt) / "train.json")
     try:
         config = state["config"]

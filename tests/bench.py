@@ -31,6 +31,7 @@ import argparse
 import json
 import mmap
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -187,7 +188,9 @@ class Bench:
 
     def memory(self):
         """Peak so far, GB."""
-        return self.run.memory_gb() * 2**30 / 1e9
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 1e9
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
     def batch(self, step, size):
         return [self.examples[i] for i in batch_indices(0, step, len(self.examples), size)]

@@ -70,6 +70,7 @@ def contents(ckpt):
     state = json.loads(files["train.json"])
     for name in ("resume", "out_dir"):
         state["config"].pop(name)
+    state.pop("logged")  # the clocks of metrics.jsonl have more or fewer digits
     return {**files, "train.json": state}
 
 

@@ -22,7 +22,7 @@ def tiny(method="atp", c=2, K=3, d=16, seed=0, scale=0.3, dtype=torch.float32,
     model = LatentReasoner(policy, config)
     for name, p in model.named_parameters():
         if p.dim() > 1:
-            torch.nn.init.normal_(p, std=scale)
+            torch.nn.init.normal_(p[:rows] if "embed_tokens" in name else p, std=scale)
     if model.latent_head is not None:
         torch.nn.init.constant_(model.latent_head.logvar.bias, -1.0)
     return model.to(dtype)

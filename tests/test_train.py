@@ -387,7 +387,7 @@ def test_help_lists_every_setting(llama, capsys):
 @pytest.mark.parametrize("everything", (False, True))
 def test_weight_decay_of_matrices_or_of_everything(everything):
     """Without a gradient AdamW only decays: p becomes (1 - lr * decay) p."""
-    cfg = resolve(parse([*SMALL, "--lr", "0.1", "--weight_decay", "0.5", "--decay_all", str(everything)]))
+    cfg = resolve(parse([*SMALL, "--lr", "0.1", "--weight_decay", "0.5", *(["--decay_all"] if everything else [])]))
     model, _ = build(cfg, Run(cfg, "vae"))
     optimizer = make_optimizer(model, cfg, cfg.weight_decay)
     for group in optimizer.param_groups:
