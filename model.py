@@ -3,8 +3,8 @@
     prefix   (Q, KV, S, D)      the question, right-padded, computed once, shared by a group of G rows
     tail     (Q, KV, G, N, D)   what came since; row b of the batch is (b // G, b % G)
 
-The tail has all its N columns from the start, and a mask says which count in which row: all latents are the
-same computation on the same shapes.
+The tail has all its N columns from the start, and a mask says which count: every latent is the same
+computation on the same shapes.
 """
 
 import json
@@ -29,7 +29,7 @@ SUPPORTED = {  # what this code can run of config.json; a missing key has the fi
 
 @dataclass
 class LLaMAConfig:
-    """The fields of a Hugging Face LlamaConfig that this architecture needs."""
+    """What a Hugging Face LlamaConfig has and this code needs."""
 
     vocab_size: int
     hidden_size: int
@@ -50,7 +50,7 @@ class LLaMAConfig:
     def from_dict(cls, raw):
         """From a config.json of transformers 4 or 5. ValueError: what this code cannot run."""
         raw = {"rms_norm_eps": 1e-6, **{key: values[0] for key, values in SUPPORTED.items()}, **raw}
-        # transformers 5 has rope_parameters, published checkpoints have rope_theta and rope_scaling
+        # transformers 5 has rope_parameters, older files have rope_theta and rope_scaling
         rope = {**(raw.get("rope_scaling") or raw.get("rope_parameters") or {})}
         rope.setdefault("rope_type", rope.get("type", "default"))
         raw |= {**rope, "rope_scaling": rope if rope["rope_type"] == "llama3" else None}
@@ -73,9 +73,6 @@ class LLaMAConfig:
         if not all(type(i) is int and abs(i) < 2**31 for i in ends):
             raise ValueError(f"eos_token_id must be integers, not {ends}")
         return config
-
-    def to_dict(self):
-        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **asdict(self)}
 
 
 def rope_frequencies(config):
@@ -104,12 +101,12 @@ def product_dtype(x):
 
 
 def gather(x, places):
-    """x (B, T, ...) at `places` (M,) of the flat (B * T): (1, M, ...)."""
+    """x (B, T, ...) at places (M,) of the flat (B * T): (1, M, ...)."""
     return x.flatten(0, 1).index_select(0, places)[None]
 
 
 def spread(x, places, shape):
-    """The reverse of gather, to shape (B, T), with zeros elsewhere."""
+    """The reverse of gather, with zeros elsewhere."""
     whole = x.new_zeros(shape[0] * shape[1], *x.shape[2:])
     return whole.index_copy(0, places, x[0]).unflatten(0, shape)
 
@@ -129,12 +126,12 @@ class KVCache:
         Q, KV, self.filled, D = k.shape  # filled: columns that are written
         # with a gradient, as later tails, or the first latent would have a graph of its own
         empty = partial(k.new_zeros, (Q, KV, self.group, self.size, D), requires_grad=k.requires_grad)
-        self.tail = [(empty(), empty()) for _ in kv]  # per layer: k, v
+        self.tail = [(empty(), empty()) for _ in kv]
         self.counts = F.pad(valid.repeat_interleave(self.group, dim=0), (0, self.size))  # (B, S + N)
 
     def extend(self, valid, dtype):
         """T new columns, which count where `valid` (B, T) is set. Returns positions (B, T) and of each layer
-        what `attend` takes: k, v of prefix and tail, columns of the tail (T,), bias (Q, 1, G, 1, T, S + N)."""
+        what attend takes: k, v of prefix and tail, columns of the tail (T,), bias (Q, 1, G, 1, T, S + N)."""
         columns = torch.arange(self.counts.shape[1], device=valid.device)
         start, self.filled = self.filled, self.filled + valid.shape[1]
         new = columns[start:self.filled]
@@ -148,8 +145,8 @@ class KVCache:
 
 
 def attend(q, k, v, prefix_k, prefix_v, tail_k, tail_v, columns, bias):
-    """Attention of T new columns q, k, v (B, T, heads, D) -> y, tail. Letters: question q, row of its group g,
-    new column t, key-value head k, its query head r, column of prefix s, of tail n."""
+    """Attention of T new columns q, k, v (B, T, heads, D) -> y, new tail. Letters: question q, row of its
+    group g, new column t, key-value head k, its query head r, column of prefix s, of tail n."""
     (Q, KV, G, N, D), T = tail_k.shape, q.shape[1]
     k, v = (x.unflatten(0, (Q, G)).permute(0, 3, 1, 2, 4) for x in (k, v))  # (Q, KV, G, T, D)
     # autograd needs every version of the tail
@@ -183,9 +180,9 @@ class Block(nn.Module):
         return [p.to(dtype) for p in self.parameters() if p.dim() > 1]
 
     def forward(self, x, rope, weights, past=None, places=None, shape=None):
-        """x (B, T, d) -> x (B, T, d), (k, v). Without `past` (of KVCache.extend) a causal pass: k, v (B, KV, T,
-        D), else k, v are the new tail. With `places`, x (1, M, d) is what lies there in a (B, T) of the given
-        shape: only attention sees padding."""
+        """x (B, T, d) -> x, (k, v). Without `past` (of KVCache.extend) a causal pass with k, v (B, KV, T, D),
+        else k, v are the new tail. With `places`, x (1, M, d) is what lies there in a (B, T) of `shape`: only
+        attention sees padding."""
         qkv_proj, o_proj, gate_up_proj, down_proj = weights
         (H, KV, D), (cos, sin) = self.sizes, rope
         qkv = F.linear(self.input_layernorm(x), qkv_proj).unflatten(-1, (H + 2 * KV, D))  # (B, T, heads, D)
@@ -234,7 +231,7 @@ class LLaMA(nn.Module):
         return self.logits(self.hidden(tokens, embeds, cache, valid))
 
     def tables(self):
-        """The embedding and, where that is another, the output layer."""
+        """The embedding and, where it is another, the output layer."""
         return [module for module in (self.embed_tokens, self.lm_head) if module is not None]
 
     def output_weight(self):
@@ -244,9 +241,9 @@ class LLaMA(nn.Module):
         return F.linear(h, self.output_weight() if table is None else table)[..., :self.config.vocab_size]
 
     def hidden(self, tokens=None, embeds=None, cache=None, valid=None, places=None):
-        """Last hidden states (B, T, d) of token ids (B, T) or embeddings (B, T, d). `valid` (B, T) is unset at
-        right-padding in a cache's first pass, which is causal, later at columns that do not count. `places`
-        (M,) of the flat (B * T) are no padding: the first pass works on these alone."""
+        """Last hidden states (B, T, d) of token ids (B, T) or embeddings (B, T, d). A cache's first pass is
+        causal. `valid` (B, T) is unset at its right-padding, later at columns that do not count. `places` (M,)
+        of the flat (B * T) are no padding: the first pass works on these alone."""
         if embeds is None:
             embeds = self.embed_tokens(tokens)
         (B, T), run, kv = embeds.shape[:2], self.run_block, []
@@ -257,9 +254,8 @@ class LLaMA(nn.Module):
         cache = KVCache(0) if cache is None else cache
         starts = cache.prefix is None
         if starts:
-            positions, past = torch.arange(T, device=x.device)[None], [None] * len(self.layers)
-            if places is not None:
-                positions = (places % T)[None]
+            positions = torch.arange(T, device=x.device)[None] if places is None else (places % T)[None]
+            past = [None] * len(self.layers)
             cache.weights = [layer.weights(product_dtype(x)) for layer in self.layers]
         else:
             positions, past = cache.extend(valid, x.dtype)
@@ -280,8 +276,8 @@ class LLaMA(nn.Module):
 
     @torch.no_grad()
     def add_tokens(self, ids=(), like=None):
-        """Rows `ids`, old or new, become copies of row `like` or of the mean row. Rows of zeros follow, in memory
-        alone, up to a multiple of 64: GPU kernels are slow on an odd vocabulary."""
+        """Rows `ids`, old or new, become copies of row `like` or of the mean row. In memory, rows of zeros
+        follow up to a multiple of 64: GPU kernels are slow on an odd vocabulary."""
         known = self.config.vocab_size
         size = self.config.vocab_size = max([known, *(i + 1 for i in ids)])
         for module in self.tables():
@@ -293,10 +289,9 @@ class LLaMA(nn.Module):
 
     def disk_parts(self):
         """{name in a Hugging Face file: tensor}; one matrix here may be several there."""
-        H, KV, D = self.layers[0].sizes
-        q, k, w = H * D, KV * D, self.config.intermediate_size
-        split = {"qkv_proj": dict(q_proj=q, k_proj=k, v_proj=k), "gate_up_proj": dict(gate_proj=w, up_proj=w)}
-        parts = {}
+        (H, KV, D), width, parts = self.layers[0].sizes, self.config.intermediate_size, {}
+        split = {"qkv_proj": dict(q_proj=H * D, k_proj=KV * D, v_proj=KV * D),
+                 "gate_up_proj": dict(gate_proj=width, up_proj=width)}
         for name, p in self.named_parameters():
             ours, start = name.split(".")[-2], "" if name == "lm_head.weight" else "model."
             p = p[:self.config.vocab_size] if ours in ("embed_tokens", "lm_head") else p
@@ -307,8 +302,8 @@ class LLaMA(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
-        """Read config.json and model.safetensors or its shards. ValueError names the file at fault. Peak memory
-        is the model in `dtype` and a part of a tensor."""
+        """Read config.json and model.safetensors or its shards; ValueError names the file at fault. The peak
+        of memory is the model in `dtype` and a part of a tensor."""
         raw, found = read_json(f"{path}/config.json"), tensor_files(Path(path))
         try:
             config = LLaMAConfig.from_dict(raw)
@@ -326,14 +321,15 @@ class LLaMA(nn.Module):
             file, stored, *_ = found[name]
             step = 2**24 // out[0].numel() + 1  # rows at a time
             for i in range(0, len(out), step):
-                with safe_open(file, framework="pt") as f:  # until it is closed, what was read counts as memory
+                with safe_open(file, framework="pt") as f:  # until it is closed, what was read is in memory
                     out[i:i + step] = f.get_slice(stored)[i:i + step]
         return model
 
     def save_pretrained(self, path):
         os.makedirs(path, exist_ok=True)
         save_tensors(self.disk_parts(), f"{path}/model.safetensors")
-        write_json(f"{path}/config.json", self.config.to_dict())
+        kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+        write_json(f"{path}/config.json", {**kind, **asdict(self.config)})
 
 
 def one_line(text):

@@ -48,6 +48,7 @@ def setting(default, note, **more):
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STAGES = ("all", "cot", "vae", "rl")
 DTYPES = ("auto", "float32", "bfloat16")
 SWITCH = argparse.BooleanOptionalAction
 AUTO = dict(choices=("auto", "yes", "no"))
@@ -56,7 +57,7 @@ RUN = dict(own=True, free=True)
 
 @dataclass
 class Config:
-    stage: str = setting("all", "all (vae, rl, evaluation), cot, vae, rl", choices=("all", "cot", "vae", "rl"), **RUN)
+    stage: str = setting("all", "all (vae, rl, evaluation), cot, vae, rl", choices=STAGES, **RUN)
     method: str = setting("atp", "atp, simcot, coconut, cot, nocot", choices=tuple(METHODS))
     init: str = setting("", "Hugging Face LLaMA, or checkpoint or run of ours (rl: out_dir/vae)", **RUN)
     data: str = setting("builtin", "builtin, chain, gsm8k, gsm8k_aug, or a file", pretrained="gsm8k_aug")
@@ -144,7 +145,7 @@ def help_text():
 
 
 def parse(argv):
-    """The flags that were given, as a dict. Each field of Config is a flag (a boolean one also as --no-...)."""
+    """The flags that were given, as a dict. Each field of Config is a flag, --no-... too if it is boolean."""
     parser = Parser(argument_default=argparse.SUPPRESS)
     parser.format_help = help_text
     for name, f in FIELDS.items():
@@ -259,8 +260,8 @@ class Run:
         return tqdm(range(done, total), self.name, total, initial=done, disable=None if self.main else True)
 
     def clip_gradients(self, optimizer, clip, step, ids, parts):
-        """The gradient norm before clipping. FloatingPointError where it is not finite, with the step, the loss
-        parts and the examples: the weights are not touched yet."""
+        """The gradient norm before clipping. FloatingPointError where it is not finite, before the weights
+        are touched: it names the step, the loss parts and the examples."""
         params = [p for group in optimizer.param_groups for p in group["params"]]
         norm = float(torch.nn.utils.clip_grad_norm_(params, clip or math.inf))
         if not math.isfinite(norm):
@@ -446,7 +447,7 @@ def begin(cfg, name, given):
 
 
 def take_folder(run, lock):
-    """Lock it, and remove what a kill, or an earlier run, left there after the point where this run begins."""
+    """Lock it, and remove what a kill or an earlier run left there after the point where this run begins."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -472,7 +473,7 @@ def finish_step(run, optimizer, stage, due, total):
 
 
 def validate(run, stage):
-    """Greedy figures on validation questions; each process does its share. Returns whether they are the best."""
+    """Greedy figures on validation questions, a share on each process. Returns whether they are the best."""
     if run.model.config.latent and stage == 0:  # it still writes text: there is nothing to measure
         return False
     mine, best = run.valid[run.rank::run.world], run.state["best"]

@@ -3,10 +3,10 @@
     question  <|start-latent|>  z z | z z | z z  <|end-latent|>  ### answer  <eos>
                                 step1 step2 step3
 
-The policy is the encoder: each latent is drawn from N(mu, sigma^2), made from the hidden state before it, and
-is the next input embedding. The decoder, a second LLaMA, reads the latents of one step and writes that step in
-words. The stop head looks at the first latent of a step. One loop, `LatentReasoner.think`, serves training
-(with gradients through the whole chain) and rollouts.
+The policy is the encoder: from the hidden state before it, each latent is drawn from N(mu, sigma^2) and fed
+back as the next input embedding. The decoder, a second LLaMA, reads the latents of one step and writes that
+step in words. The stop head looks at the first latent of a step. One loop, `think`, serves training, with
+gradients through the whole chain, and rollouts.
 """
 
 import copy
@@ -63,7 +63,7 @@ class LatentConfig:
             raise ValueError(f"--vae, --stop or --decode yes does not go with --method {self.method}")
 
     def latent_steps(self, example, stage):
-        """How many steps of `example` are latent at a curriculum stage (paper, section 3)."""
+        """How many steps of an example are latent at a curriculum stage (paper, section 3)."""
         n = min(stage, self.max_steps) if self.latent else 0
         return min(n, len(example.steps)) if self.stop else n
 
@@ -97,12 +97,12 @@ def gaussian_kl(mu, logvar):
 
 
 def masked_mean(x, mask):
-    """Mean (B,) over the places of x (B, ...) where the mask is set; 0 where there are none."""
+    """Mean (B,) of x (B, ...) where the mask is set; 0 where it is nowhere."""
     return (x * mask).flatten(1).sum(dim=1) / mask.flatten(1).sum(dim=1).clamp(min=1)
 
 
 def last(h, valid):
-    """Hidden state (B, d) at the last valid position of each right-padded row of h (B, T, d)."""
+    """h (B, T, d) at the last valid position of each right-padded row: (B, d)."""
     return h[torch.arange(len(h), device=h.device), valid.sum(dim=1) - 1]
 
 
@@ -117,8 +117,7 @@ class Padded(NamedTuple):
     def of(cls, rows):
         width = max([1, *map(len, rows)])
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.long).view(-1, width)
-        valid = first(torch.tensor([len(row) for row in rows], dtype=torch.long), width)
-        return cls.masked(ids, valid)
+        return cls.masked(ids, first(torch.tensor([len(row) for row in rows], dtype=torch.long), width))
 
     @classmethod
     def masked(cls, ids, valid):
@@ -127,13 +126,13 @@ class Padded(NamedTuple):
 
 
 def generator(*ids):
-    """Random numbers on the CPU that depend on the numbers given and on nothing else."""
+    """Random numbers, on the CPU, that depend on the numbers given and on nothing else."""
     seed = np.random.SeedSequence(ids).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed >> 1))
 
 
 def device_of(name):
-    """The device that --device names: auto, cpu or cuda. ValueError where there is no GPU."""
+    """The device that --device names: auto, cpu or cuda."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this torch sees no GPU")
     gpu = name != "cpu" and torch.cuda.is_available()
@@ -144,14 +143,14 @@ def moved(record, device):
     """A NamedTuple with its tensors on `device`. A copy from pinned memory does not make the CPU wait."""
     if isinstance(record, tuple):
         return record._make(moved(v, device) for v in record)
-    on_cpu = device.type == "cpu" or not torch.is_tensor(record)
-    return record if on_cpu else record.pin_memory().to(device, non_blocking=True)
+    stays = device.type == "cpu" or not torch.is_tensor(record)
+    return record if stays else record.pin_memory().to(device, non_blocking=True)
 
 
 # --- batches of the supervised stage ---
 
 class Batch(NamedTuple):
-    """One micro-batch. Losses are shares of the global batch's mean, so that they and their gradients add up.
+    """A micro-batch. Losses are shares of the global batch's mean, so that they and their gradients add up.
     All places are found on the CPU: a GPU is never asked for them."""
 
     prefix: Padded              # (B, S) question and <|start-latent|>; without latents: question and text
@@ -163,30 +162,30 @@ class Batch(NamedTuple):
     steps: torch.Tensor         # (B,) latent steps
     max_steps: int              # their maximum, N
     stops: torch.Tensor         # (B,) bool: the plan ends here, and the stop head must say so
-    decode: Padded              # (P, U) text of the latent steps, <eos> included
-    decode_z: torch.Tensor      # (P,) places in the flat (B * N) of those steps
+    decode: Padded              # (P, U) text of the latent steps, with <eos>
+    decode_z: torch.Tensor      # (P,) places of those steps in the flat (B * N)
     decode_share: torch.Tensor  # of each valid place of `decode`: share / steps of the row
     noise: torch.Tensor | None  # (B, N or N + 1, c, d) of the latents
 
 
 def remaining_text(example, config, stage):
-    """Token ids after the latents: the steps that are still text, and the answer. At the last stage the last
-    latent step stands for all the rest."""
+    """Ids after the latents: the steps that are still text, and the answer. At the last stage the last latent
+    step stands for all the rest."""
     done = config.method == "nocot" or (config.latent and stage >= config.max_steps)
     steps = [] if done else example.steps[config.latent_steps(example, stage):]
     return sum(steps, []) + example.answer
 
 
 def decoded_text(example, config, k):
-    """Token ids that latent step k must decode to; the last allowed step, all the rest. An idle step, beyond
-    those of the example, decodes the answer (as in SIM-CoT's code)."""
+    """Ids that latent step k must decode to: of the last allowed step all the rest, of an idle step (beyond
+    those of the example) the answer, as in SIM-CoT's code."""
     steps = example.steps[k:] if k == config.max_steps - 1 else example.steps[k:k + 1]
     return sum(steps, []) + [config.eos_id] if steps else example.answer
 
 
 def collate(examples, config, stage, noise=None, total_examples=None, total_tokens=None):
-    """A Batch of data.Encoded examples at a curriculum stage (0: all text). noise: (B, n, c, d), n at least
-    N + 1 or K. total_*: of the global batch, by default this one."""
+    """A Batch of data.Encoded at a curriculum stage (0: all text). noise: (B, n, c, d), n at least N + 1 or
+    K. total_*: of the global batch, by default this one."""
     steps = [config.latent_steps(e, stage) for e in examples]
     rest = [remaining_text(e, config, stage) for e in examples]
     N, skip = max(steps), [0] * len(examples)
@@ -198,25 +197,25 @@ def collate(examples, config, stage, noise=None, total_examples=None, total_toke
         skip = [len(e.question) - 1 for e in examples]
     answer = sum(rest, [])
     answer_at = [b * text.ids.shape[1] + skip[b] + i for b, r in enumerate(rest) for i in range(len(r))]
-    # a stop is asked for after the last step of an example, if the plan has room for another
+    # a stop is asked for after the last step, if the plan has room for another
     stops = [n == len(e.steps) and n < config.max_steps for n, e in zip(steps, examples)]
     decodes = [(b, k) for b, n in enumerate(steps) for k in range(n) if config.decode]
     words = [decoded_text(examples[b], config, k) for b, k in decodes]
-    decode = Padded.of(words)
     share = 1 / (total_examples or len(examples))
-    # log-likelihood of a step: summed over its tokens, mean over the example's steps
+    # a step's loss is summed over its tokens; mean over the example's steps
     decode_share = [share / steps[b] for (b, _), w in zip(decodes, words) for _ in w]
     places = lambda ids: torch.tensor(ids, dtype=torch.long)
     return Batch(prefix, text, places(answer_at), places(answer), 1 / (total_tokens or len(answer)), share,
-                 places(steps), N, torch.tensor(stops), decode, places([b * N + k for b, k in decodes]),
-                 torch.tensor(decode_share), None if noise is None else noise[:, :N + 1])
+                 places(steps), N, torch.tensor(stops), Padded.of(words),
+                 places([b * N + k for b, k in decodes]), torch.tensor(decode_share),
+                 None if noise is None else noise[:, :N + 1])
 
 
 # --- rollouts ---
 
 class Noise(NamedTuple):
-    """All randomness of rollouts, drawn on the CPU for the global batch and then cut by rows: samples do not
-    depend on how the batch is split."""
+    """All randomness of rollouts, drawn on the CPU for the global batch and cut by rows: no sample depends on
+    how the batch is split."""
 
     latent: torch.Tensor  # (B, K, c, d) standard normal
     stop: torch.Tensor    # (B, K) uniform
@@ -242,7 +241,7 @@ class Plan(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """Questions, each answered by `group` rows. Row b answers question b // group."""
+    """Questions, each answered by `group` rows: row b answers question b // group."""
 
     prefix: Padded            # (Q, S)
     group: int
@@ -261,7 +260,7 @@ class Rollout(NamedTuple):
 
 
 def sample(logits, uniform=None, temperature=1.0):
-    """Token ids (B,) of logits (B, V): the likeliest, or by inverse transform of uniform (B,)."""
+    """Ids (B,) of logits (B, V): the likeliest, or by inverse transform of uniform (B,)."""
     if uniform is None or not temperature:
         return logits.argmax(dim=-1)
     cdf = (precise(logits) / temperature).softmax(dim=-1).cumsum(dim=-1)
@@ -288,8 +287,8 @@ def generate(model, h, cache, vocab_size, ends, max_tokens, uniform=None, temper
 
 
 def text_loss(model, h, targets, weights):
-    """sum_i w_i CE(logits of h_i, target_i) of h (M, d), targets and w (M,). Of too many logits, those of some
-    rows are made and differentiated at a time."""
+    """sum_i w_i CE(logits of h_i, target_i) of h (M, d), targets and w (M,). Where all logits would be too
+    many, those of some rows are made and differentiated at a time."""
     def part(h, table, targets, weights):
         loss = F.cross_entropy(precise(model.logits(h, table)), targets, reduction="none")
         return (loss * weights).sum()
@@ -378,9 +377,9 @@ class LatentReasoner(nn.Module):
     def think(self, h, cache, steps=None, max_steps=None, eps=None, uniform=None):
         """The chain of latents, one position at a time, from h (B, d) at <|start-latent|>. Returns a Plan.
 
-        steps (B,), of maximum max_steps: of each row (training). Else the stop head decides; without one it is
-        K. eps (B, K, c, d): noise of the latents, None: z = mu. uniform (B, K): samples the stops, None: stop
-        where p(stop) > 1/2."""
+        steps (B,), of maximum max_steps: of each row (training). Else the stop head decides; without one it
+        is max_steps or K. eps (B, K, c, d): noise of the latents, None: z = mu. uniform (B, K): samples the
+        stops, None: stop where p(stop) > 1/2."""
         config, dtype = self.config, self.policy.embed_tokens.weight.dtype
         decides, limit = steps is None and config.stop, config.max_steps if max_steps is None else max_steps
         drawn, stop_logits = [], []  # of each position (z, mu, logvar), of each step (B, 2)
@@ -422,18 +421,17 @@ class LatentReasoner(nn.Module):
         return [None if rows[0] is None else stack(rows) for rows in zip(*drawn)]
 
     def forward(self, batch):
-        """Loss parts of a Batch (paper, section 3.2): answer, decode, stop, kl, each a share of the global
-        batch's mean. Gradients flow through the whole chain of latents."""
+        """Loss parts of a Batch (paper, section 3.2): answer, decode, stop, kl. Gradients flow through the
+        whole chain of latents."""
         losses, policy, N = {}, self.policy, batch.max_steps
         if N == 0:
             h = policy.hidden(batch.prefix.ids, places=batch.prefix.places)
         else:
-            widths = batch.prefix.ids.shape[1], batch.text.ids.shape[1]
+            widths, valid = (batch.prefix.ids.shape[1], batch.text.ids.shape[1]), batch.prefix.valid
             cache = KVCache(N * self.config.thoughts_per_step + widths[1])
             # one look-up, since the gradient of each is as large as the table
             embeds = policy.embed_tokens(torch.cat((batch.prefix.ids, batch.text.ids), dim=1))
             prefix, text = embeds.split(widths, dim=1)
-            valid = batch.prefix.valid
             h = policy.hidden(embeds=prefix, cache=cache, valid=valid, places=batch.prefix.places)
             plan = self.think(last(h, valid), cache, batch.steps, N, batch.noise)
             h = policy.hidden(embeds=text, cache=cache, valid=batch.text.valid)
@@ -452,7 +450,7 @@ class LatentReasoner(nn.Module):
         return losses
 
     def decode_loss(self, z, batch):
-        """The decoder's log-likelihood of each step's text, given its latents: all steps in one pass."""
+        """The decoder's loss of each step's text, given its latents: all steps in one pass."""
         embed, c = self.decoder.embed_tokens, z.shape[2]
         latents = z.flatten(0, 1).index_select(0, batch.decode_z).to(embed.weight.dtype)   # (P, c, d)
         inputs = torch.cat((latents, embed(batch.decode.ids[:, :-1])), dim=1)
@@ -462,23 +460,20 @@ class LatentReasoner(nn.Module):
 
     @torch.no_grad()
     def rollout(self, questions, group=1, noise=None, max_tokens=16, temperature=1.0, latent_temperature=1.0):
-        """Answer each question (list of ids) `group` times; it is read once. noise: a Noise of Q x group rows,
-        None: greedy (z = mu, stop where p(stop) > 1/2, argmax; paper, section 4). temperature: of answer
-        tokens, 0: argmax. latent_temperature: times sigma. Returns a Rollout."""
-        config, device = self.config, self.device
-        start = [config.start_id] if config.latent else []
-        prefix, noise = moved(Padded.of([q + start for q in questions]), device), moved(noise, device)
+        """Answer each question (list of ids) `group` times; it is read once. noise: a Noise of Q x group
+        rows, None: greedy (z = mu, stop where p(stop) > 1/2, argmax; paper, section 4). temperature: of
+        answer tokens, 0: argmax. latent_temperature: times sigma."""
+        config = self.config
+        steps, start = (config.max_steps, [config.start_id]) if config.latent else (0, [])
+        prefix, noise = (moved(x, self.device) for x in (Padded.of([q + start for q in questions]), noise))
         eps = noise and noise.latent * latent_temperature
-        latents = config.max_steps * config.thoughts_per_step + 1 if config.latent else 0
-        cache = KVCache(latents + max_tokens, group)
+        cache = KVCache(steps * config.thoughts_per_step + config.latent + max_tokens, group)
         h = self.policy.hidden(prefix.ids, cache=cache, valid=prefix.valid, places=prefix.places)
         h = last(h, prefix.valid).repeat_interleave(group, dim=0)
-        none = torch.zeros(len(h), dtype=torch.long, device=device)
+        plan = self.think(h, cache, max_steps=steps, eps=eps, uniform=noise and noise.stop)
         if config.latent:
-            plan = self.think(h, cache, eps=eps, uniform=noise and noise.stop)
-            h = self.policy.hidden(none[:, None] + config.end_id, cache=cache)[:, 0]
-        else:
-            plan = Plan(*self.stacked([], h), none, none.bool(), None, None)
+            end = torch.full((len(h), 1), config.end_id, device=h.device)
+            h = self.policy.hidden(end, cache=cache)[:, 0]
         tokens, lengths = generate(self.policy, h, cache, config.vocab_size, self.ends, max_tokens,
                                    noise and noise.answer, temperature)
         return Rollout(prefix, group, plan._replace(z=precise(plan.z)), eps, tokens, lengths)
@@ -487,8 +482,8 @@ class LatentReasoner(nn.Module):
 
     @torch.no_grad()
     def plan_texts(self, z, steps, tokenizer, max_tokens=None, rows=512):
-        """What each latent step of z (B, N, c, d), of which `steps` (B,) count, says in words (greedy): a list
-        for each row. `rows` steps at a time bound memory."""
+        """What each latent step of z (B, N, c, d), of which `steps` (B,) count, says in words (greedy): a
+        list for each row. `rows` steps at a time bound memory."""
         # a step of the built-in task has 8 tokens, and may stand for more steps elsewhere
         max_tokens = max_tokens or min(64, self.decoder.config.max_position_embeddings // 16)
         steps = steps.tolist()
@@ -524,8 +519,7 @@ class LatentReasoner(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu", decode=True):
-        """A folder that save_pretrained wrote; decode=False leaves its decoder out. ValueError and
-        FileNotFoundError name the file."""
+        """What save_pretrained wrote; decode=False leaves the decoder out. Errors name the file."""
         path = Path(path)
         raw, decoder = read_json(path / "latent.json"), None
         policy = LLaMA.from_pretrained(path, dtype, device)
@@ -548,8 +542,7 @@ class LatentReasoner(nn.Module):
 
 
 def checkpoints(path):
-    """The newest checkpoint, by its step, of each run in `path`: a checkpoint, a run or a folder of runs.
-    FileNotFoundError: there is none."""
+    """The newest checkpoint, by its step, of each run in `path`: a checkpoint, a run or a folder of runs."""
     path = Path(path)
     found = [*path.glob("train.json"), *path.glob("step-*/train.json"), *path.glob("*/step-*/train.json")]
     if not found:

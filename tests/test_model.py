@@ -1,6 +1,7 @@
 """model.py against transformers' LLaMA, its own plain uncached pass, and finite differences."""
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -574,7 +575,7 @@ def test_loading_holds_no_second_copy(tmp_path):
         net = LLaMA(config)
     values = {n: torch.ones(p.shape, dtype=torch.bfloat16) for n, p in net.disk_parts().items()}
     model.save_tensors(values, tmp_path / "model.safetensors")
-    model.write_json(tmp_path / "config.json", config.to_dict())
+    model.write_json(tmp_path / "config.json", {"model_type": "llama", **dataclasses.asdict(config)})
     small().save_pretrained(tmp_path / "small")
     done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path, tmp_path / "small"], capture_output=True,
                           text=True, check=True, cwd=Path(model.__file__).parent)
