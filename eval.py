@@ -28,7 +28,7 @@ def judge(texts, example):
 
 
 @torch.no_grad()
-def evaluate(model, tokenizer, encoded, batch_size=128, samples=0, seed=0, max_tokens=160, temperature=1.0,
+def evaluate(model, tokenizer, encoded, batch_size=0, samples=0, seed=0, max_tokens=160, temperature=1.0,
              latent_temperature=1.0, bf16=False, progress=None):
     """Mean figures of data.Encoded questions, and what became of each (a list of dicts): accuracy and
     coherence (0 to 1), latents, tokens (latents and answer tokens without <eos>), pass@k and maj@k of
@@ -38,6 +38,7 @@ def evaluate(model, tokenizer, encoded, batch_size=128, samples=0, seed=0, max_t
     limit = 16 if config.latent else min(max_tokens, policy.max_position_embeddings)
     # questions of like length share a batch, which leaves little padding
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].question))
+    batch_size = batch_size or (128 if model.device.type == "cpu" else 512)
     size, results = max(1, batch_size // max(1, samples)), [{}] * len(encoded)
     parts = [order[at:at + size] for at in range(0, len(order), size)]
     for part in tqdm(parts, progress, leave=False, disable=None if progress else True):
@@ -131,7 +132,7 @@ FLAGS = {  # default, or choices of which it is the first; help
     "samples": (0, "rollouts a question for pass@k and maj@k"),
     "temperature": (1.0, "of sampled answers (0: greedy)"),
     "latent_temperature": (1.0, "of sampled latents: times sigma"),
-    "batch_size": (128, "rollouts in one pass"),
+    "batch_size": (0, "rollouts in one pass (0: 128, on a GPU 512)"),
     "max_tokens": (160, "of a written chain of thought"),
     "explain": (0, "questions of each set to print, with plans"),
     "seed": (0, "of the samples"),
@@ -155,7 +156,7 @@ def parser():
 def read_sets(args):
     """{test set: examples} of --data. ValueError for a flag out of range."""
     for name, value in vars(args).items():
-        least = int(name in ("batch_size", "max_tokens"))
+        least = int(name == "max_tokens")
         if type(value) in (int, float) and not least <= value < 2**32:
             raise ValueError(f"--{name} {value}: must be from {least} to 2^32 - 1")
     if args.json:

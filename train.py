@@ -319,7 +319,9 @@ def build(cfg, run):
         parts[part] = {"yes": True, "no": False, "auto": parts[part]}[getattr(cfg, part)]
     if init and Path(init, "latent.json").is_file():
         model = LatentReasoner.from_pretrained(init, device=run.device, decode=parts["decode"])
-    policy = model and model.policy or init and LLaMA.from_pretrained(init, device=run.device)
+        policy = model.policy
+    elif init:
+        policy = LLaMA.from_pretrained(init, device=run.device)
     if init:
         check_vocabulary(tokenizer, policy, init)
     start, end = tokenizer.add_special(START, END)
@@ -330,11 +332,13 @@ def build(cfg, run):
     latent = LatentConfig(**parts, method=cfg.method, max_steps=cfg.max_steps, start_id=start, end_id=end,
                           thoughts_per_step=cfg.thoughts_per_step, eos_id=tokenizer.end_id(),
                           vocab_size=tokenizer.vocab_size)
-    if model and all(getattr(model.config, part) == parts[part] for part in ("head", "stop", "decode")):
+    same = model and all(getattr(model.config, part) == parts[part] for part in ("head", "stop", "decode"))
+    untrained = run.name == "rl" and same and parts["vae"] > model.config.vae  # its sigma
+    if same and not untrained:
         model.configure(latent)
         return model, tokenizer
     if run.name == "rl":
-        raise ValueError(f"--stage rl: {init} has other parts (heads, decoder) than this run asks for")
+        raise ValueError(f"--stage rl: {init} has other parts (heads, decoder, VAE) than this run asks for")
     if model:
         run.say(f"{run.name}: {init} has other parts (heads, decoder): only its policy is kept")
     if not known:
@@ -396,9 +400,10 @@ def tidy(run, keep):
 def resume_point(cfg, given, folder):
     """(cfg, checkpoint, its state) to go on with: the run's own settings, but for those that are free."""
     state = {"step": 0, "best": {}, "skipped": 0, "logged": 0}  # logged: bytes of metrics.jsonl
-    if not cfg.resume or not list(folder.glob("step-*/train.json")):
+    found = sorted(folder.glob("step-*/train.json"))
+    if not cfg.resume or not found:
         return cfg, None, state
-    ckpt = find_checkpoint(folder)
+    ckpt = found[-1].parent
     state |= read_state(ckpt)
     saved = state.pop("config")
     kept = {k: v for k, v in saved.items() if k in FIELDS and not FIELDS[k].metadata.get("free")}

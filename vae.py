@@ -34,6 +34,7 @@ METHODS = {  # paper, section 4: the baselines are parts switched off
 START, END = "<|start-latent|>", "<|end-latent|>"
 SFT_NOISE, RL_NOISE, RL_ORDER, WEIGHTS = range(4)  # streams of random numbers of a seed
 MAX_LOGITS = {"cpu": 2**23, "cuda": 2**28}  # logits that lie in memory at once
+MAX_DECODED = {"cpu": 2**9, "cuda": 2**11}  # steps that are put into words at once
 
 
 @dataclass
@@ -481,15 +482,16 @@ class LatentReasoner(nn.Module):
     # --- in words ---
 
     @torch.no_grad()
-    def plan_texts(self, z, steps, tokenizer, max_tokens=None, rows=512):
+    def plan_texts(self, z, steps, tokenizer, max_tokens=None):
         """What each latent step of z (B, N, c, d), of which `steps` (B,) count, says in words (greedy): a
-        list for each row. `rows` steps at a time bound memory."""
+        list for each row."""
         # a step of the built-in task has 8 tokens, and may stand for more steps elsewhere
         max_tokens = max_tokens or min(64, self.decoder.config.max_position_embeddings // 16)
         steps = steps.tolist()
         used = [b * z.shape[1] + k for b, n in enumerate(steps) for k in range(n)]
         z, words = z.flatten(0, 1)[torch.tensor(used, dtype=torch.long, device=z.device)], []
-        for part in z.to(self.decoder.embed_tokens.weight.dtype).split(rows) if used else ():
+        z = z.to(self.decoder.embed_tokens.weight.dtype)
+        for part in z.split(MAX_DECODED[z.device.type]) if used else ():
             cache = KVCache(max_tokens)
             h = self.decoder.hidden(embeds=part, cache=cache)[:, -1]
             texts = generate(self.decoder, h, cache, self.config.vocab_size, self.ends, max_tokens)

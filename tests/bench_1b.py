@@ -138,7 +138,7 @@ def eval_1b(b, args):
         found = {"questions/s": len(questions) / s, "peak GB": b.memory(), "first batch s": warm}
         return found | profiled(lambda: work(questions), b.device, args.profile)
 
-    for batch in (128, 256):
+    for batch in (128, 256, 512):
         guarded(b, f"batch {batch}", columns, lambda: measure(batch))
 
 

@@ -238,7 +238,7 @@ def test_compare_from_the_command_line(runs, capsys):
     (["--dtype", "float16"], "--dtype"), (["--json", "nowhere/x.json"], "'nowhere/x.json'"),
     (["--data", "nothing"], "no dataset and no file 'nothing'"),
     (["--data", "long.txt"], "long.txt: none of its questions fits"), (["--seed", "-1"], "--seed -1"),
-    (["--samples", "-1"], "--samples -1"), (["--batch_size", "0"], "--batch_size 0"),
+    (["--samples", "-1"], "--samples -1"), (["--batch_size", "-1"], "--batch_size -1"),
     (["--temperature", "-1"], "--temperature -1"),
     (["--latent_temperature", "nan"], "--latent_temperature nan")])
 def test_user_errors_of_eval(args, words, runs, capsys, tmp_path, monkeypatch):

@@ -200,6 +200,16 @@ def test_a_new_run_replaces_a_broken_log(tmp_path, data):
     assert [row["step"] for row in metrics(tmp_path / "vae")] == [1, 1]  # losses, validation
 
 
+def test_rl_does_not_sample_with_an_untrained_sigma(tmp_path, data):
+    """--vae is no part of its own in a checkpoint: both ways have the same heads."""
+    train(command(tmp_path, data, "--max_iters", "2", "--vae", "no"))
+    started = ["--max_iters", "1", "--init", str(tmp_path)]
+    with pytest.raises(ValueError, match="has other parts .*VAE.* than this run asks for"):
+        train(command(tmp_path, data, *started, "--vae", "yes", stage="rl"))
+    train(command(tmp_path, data, *started, stage="rl"))  # with the checkpoint's own setting
+    train(command(tmp_path / "b", data, *started, "--vae", "yes"))  # which trains it
+
+
 def test_of_a_checkpoint_with_other_parts_the_policy_is_kept(tmp_path, data, vae, capsys):
     train(command(tmp_path, data, "--max_iters", "2", "--init", str(vae), "--method", "simcot"))
     started = ["--max_iters", "2", "--init", str(tmp_path), "--method", "atp"]
