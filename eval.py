@@ -14,8 +14,7 @@ from tqdm import tqdm
 from data import TEST_SETS, Parser, Tokenizer, cli, encode_all, extract_answer, is_correct, load
 from model import write_json
 from rl import coherence
-from vae import (LatentReasoner, Noise, check_vocabulary, device_of, find_checkpoint, generator,
-                 read_state)
+from vae import LatentReasoner, Noise, check_vocabulary, device_of, find_checkpoint, generator, read_state
 
 
 def judge(texts, example):
@@ -33,39 +32,38 @@ def evaluate(model, tokenizer, encoded, batch_size=0, samples=0, seed=0, max_tok
     """Mean figures of data.Encoded questions, and what became of each (a list of dicts): accuracy and
     coherence (0 to 1), latents, tokens (latents and answer tokens without <eos>), pass@k and maj@k of
     `samples` rollouts each. progress: label of a bar."""
-    config, policy = model.eval().config, model.policy.config
+    config, policy, results = model.eval().config, model.policy.config, [{}] * len(encoded)
     # a latent method writes only its short answer
     limit = 16 if config.latent else min(max_tokens, policy.max_position_embeddings)
     # questions of like length share a batch, which leaves little padding
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].question))
     batch_size = batch_size or (128 if model.device.type == "cpu" else 512)
-    size, results = max(1, batch_size // max(1, samples)), [{}] * len(encoded)
-    parts = [order[at:at + size] for at in range(0, len(order), size)]
-    for part in tqdm(parts, progress, leave=False, disable=None if progress else True):
+    size, d = max(1, batch_size // max(1, samples)), policy.hidden_size
+    for at in tqdm(range(0, len(order), size), progress, leave=False, disable=None if progress else True):
+        part = order[at:at + size]
         questions, plans = [encoded[i].question for i in part], [[]] * len(part)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             rollout = model.rollout(questions, max_tokens=limit)
             if model.decoder is not None:
                 plans = model.plan_texts(rollout.plan.z, rollout.plan.steps, tokenizer)
             if samples:  # with noise that no other question and no batch size changes
-                d = policy.hidden_size
                 noise = [Noise.draw(samples, config, d, limit, generator(seed, i)) for i in part]
                 noise = Noise(*map(torch.cat, zip(*noise)))
                 sampled = model.rollout(questions, samples, noise, limit, temperature, latent_temperature)
                 sampled, _ = model.texts(sampled.tokens, sampled.lengths, tokenizer)
         texts, ended = model.texts(rollout.tokens, rollout.lengths, tokenizer)
-        steps, lengths = rollout.plan.steps.tolist(), rollout.lengths.tolist()
+        latents = (rollout.plan.steps * config.thoughts_per_step).tolist()
+        tokens = [n + length - end for n, length, end in zip(latents, rollout.lengths.tolist(), ended)]
         for j, i in enumerate(part):
-            example, latents = encoded[i].example, steps[j] * config.thoughts_per_step
-            results[i] = vars(example) | {
-                "plan": plans[j], "text": texts[j], "accuracy": is_correct(texts[j], example),
-                "tokens": latents + lengths[j] - ended[j], "latents": latents,
-                "coherence": coherence(plans[j], extract_answer(texts[j]))}
+            plan, text, example = plans[j], texts[j], encoded[i].example
+            results[i] = vars(example) | dict(
+                plan=plan, text=text, accuracy=is_correct(text, example), tokens=tokens[j],
+                latents=latents[j], coherence=coherence(plan, extract_answer(text)))
             if samples:
                 results[i] |= judge(sampled[j * samples:(j + 1) * samples], example)
-    n, names = len(results), ["accuracy", "tokens", "latents", "coherence"]
-    names += [name for result in results[:1] for name in result if "@" in name]
-    return {"n": n} | {name: sum(r[name] for r in results) / max(1, n) for name in names}, results
+    names = ["accuracy", "tokens", "latents", "coherence", *(n for r in results[:1] for n in r if "@" in n)]
+    means = {name: sum(r[name] for r in results) / max(1, len(results)) for name in names}
+    return {"n": len(results)} | means, results
 
 
 def over_sets(run):
@@ -124,32 +122,30 @@ def measure(ckpt, data, args):
     return record
 
 
-FLAGS = {  # default, or choices of which it is the first; help
-    "ckpt": ("out", "checkpoint, run, or folder of runs: the newest"),
-    "data_dir": ("data", "folder of the published files"),
-    "split": (("test", "valid", "train"), "of each set"),
-    "limit": (0, "questions of each set (0: all)"),
-    "samples": (0, "rollouts a question for pass@k and maj@k"),
-    "temperature": (1.0, "of sampled answers (0: greedy)"),
-    "latent_temperature": (1.0, "of sampled latents: times sigma"),
-    "batch_size": (0, "rollouts in one pass (0: 128, on a GPU 512)"),
-    "max_tokens": (160, "of a written chain of thought"),
-    "explain": (0, "questions of each set to print, with plans"),
-    "seed": (0, "of the samples"),
-    "device": (("auto", "cpu", "cuda"), "auto: a GPU if there is one"),
-    "dtype": (("auto", "float32", "bfloat16"), "auto: bfloat16 on a GPU"),
-    "compile": (("auto", "yes", "no"), "auto: on a GPU"),
-    "json": ("", "file for configuration and figures")}
+FLAGS = {  # help, default, other choices
+    "ckpt": ("checkpoint, run, or folder of runs: the newest", "out"),
+    "data_dir": ("folder of the published files", "data"),
+    "split": ("of each set", "test", "valid", "train"),
+    "limit": ("questions of each set (0: all)", 0),
+    "samples": ("rollouts a question for pass@k and maj@k", 0),
+    "temperature": ("of sampled answers (0: greedy)", 1.0),
+    "latent_temperature": ("of sampled latents: times sigma", 1.0),
+    "batch_size": ("rollouts in one pass (0: 128, on a GPU 512)", 0),
+    "max_tokens": ("of a written chain of thought", 160),
+    "explain": ("questions of each set to print, with plans", 0),
+    "seed": ("of the samples", 0),
+    "device": ("auto: a GPU if there is one", "auto", "cpu", "cuda"),
+    "dtype": ("auto: bfloat16 on a GPU", "auto", "float32", "bfloat16"),
+    "compile": ("auto: on a GPU", "auto", "yes", "no"),
+    "json": ("file for configuration and figures", "")}
 
 
 def parser():
     p = Parser(description=__doc__.split("\n")[0])
     p.add_argument("--data", nargs="+", default=TEST_SETS, help=f"sets or files [{' '.join(TEST_SETS)}]")
-    for name, (default, text) in FLAGS.items():
-        choices = default if type(default) is tuple else None
-        default = choices[0] if choices else default
-        p.add_argument(f"--{name}", type=type(default), choices=choices, default=default,
-                       help=f"{text} [{default}]")
+    for name, (text, default, *others) in FLAGS.items():
+        p.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} [{default}]",
+                       choices=[default, *others] if others else None)
     return p
 
 
@@ -168,9 +164,9 @@ def main(argv=None):
     args = parser().parse_args(argv)
     data = read_sets(args)
     record = measure(find_checkpoint(args.ckpt), data, args)
-    run = record["benchmarks"]
-    names = [name for name in over_sets(run) if name != "accuracy"]
-    sets = {**run, "mean": over_sets(run)} if len(run) > 1 else run
+    sets = record["benchmarks"]
+    sets = sets | {"mean": over_sets(sets)} if len(sets) > 1 else sets
+    names = [name for name in over_sets(sets) if name != "accuracy"]
     print(table([(name, {"accuracy %": figures}) for name, figures in sets.items()], names))
     if args.json:
         write_json(args.json, record)

@@ -124,7 +124,7 @@ class KVCache:
         self.prefix = [(k.contiguous(), v.contiguous()) for k, v in kv]
         k = kv[0][0]
         Q, KV, self.filled, D = k.shape  # filled: columns that are written
-        # with a gradient, as later tails, or the first latent would have a graph of its own
+        # with a gradient, as later tails, or the first latent would be compiled apart
         empty = partial(k.new_zeros, (Q, KV, self.group, self.size, D), requires_grad=k.requires_grad)
         self.tail = [(empty(), empty()) for _ in kv]
         self.counts = F.pad(valid.repeat_interleave(self.group, dim=0), (0, self.size))  # (B, S + N)
@@ -242,8 +242,8 @@ class LLaMA(nn.Module):
 
     def hidden(self, tokens=None, embeds=None, cache=None, valid=None, places=None):
         """Last hidden states (B, T, d) of token ids (B, T) or embeddings (B, T, d). A cache's first pass is
-        causal. `valid` (B, T) is unset at its right-padding, later at columns that do not count. `places` (M,)
-        of the flat (B * T) are no padding: the first pass works on these alone."""
+        causal. `valid` (B, T) is unset at its right-padding, later at columns that do not count. `places`
+        (M,) of the flat (B * T) are no padding: the first pass works on these alone."""
         if embeds is None:
             embeds = self.embed_tokens(tokens)
         (B, T), run, kv = embeds.shape[:2], self.run_block, []
@@ -386,7 +386,7 @@ def tensor_headers(file):
 def check_tensors(found, wanted, path):
     """ValueError unless tensor_headers found just what is wanted, {name: tensor}, in plain floats."""
     for name in sorted({n for n in found if "rotary_emb" not in n} ^ wanted.keys()):  # in old files
-        raise ValueError(f"{path}: tensor {one_line(name)} is missing or not part of a LLaMA")
+        raise ValueError(f"{path}: tensor {one_line(name)} is missing or does not belong there")
     for name, p in wanted.items():
         file, _, shape, dtype = found[name]
         if shape != list(p.shape) or dtype not in ("F64", "F32", "F16", "BF16"):

@@ -121,9 +121,9 @@ class LogProbs(nn.Module):
 
 
 def divergence(new, reference, rollout):
-    """KL(policy || reference) of each rollout (B,): means over latents (score alone: closed form, summed over
-    d), stops and tokens: q/p - log q/p - 1, p the policy, q the reference (GRPO, arXiv 2402.03300, equation
-    4). Its mean over samples of p is KL(p || q), its gradient, samples fixed, that of KL(q || p)."""
+    """KL(policy || reference) of each rollout (B,): the sum of three means. Over latents (by score): closed
+    form, summed over d. Over stops and over tokens: q/p - log q/p - 1, p the policy, q the reference (GRPO,
+    arXiv 2402.03300, equation 4), whose mean over samples of p is KL(p || q)."""
     steps, N, parts = rollout.plan.steps, rollout.plan.z.shape[1], []
     if new.mu is not None:  # in the units of the reference, which is N(0, 1) there
         mu = (new.mu - reference.mu) * torch.exp(-0.5 * reference.logvar)
@@ -190,9 +190,6 @@ def rl_step(run, ddp, reference, optimizer, examples, tokenizer, step):
     advantage = advantages(result["reward"], G, cfg.std_norm)
     plan = rollout.plan
     result |= dict(latents=plan.steps * cfg.thoughts_per_step, advantage=advantage.abs())
-    if plan.logvar is not None:
-        sigma = (plan.logvar * 0.5).exp().mean(dim=(2, 3))  # (B, N)
-        result["sigma"] = masked_mean(sigma, first(plan.steps, sigma.shape[1]))
     stats = run.mean({k: v.sum() * run.world / (Q * G) for k, v in result.items()})
     stats["coherence"] /= max(stats.pop("decoded"), 1 / (Q * G))  # of the plans that were decoded
     if stats["advantage"] > 0:

@@ -5,6 +5,8 @@
     python train.py --stage vae --init DIR --data gsm8k    one stage, from a Hugging Face LLaMA
     torchrun --nproc_per_node=8 train.py --stage vae ...   the same numbers, faster
     python train.py --stage rl                             from the checkpoint that vae left in out/vae
+
+--no-std_norm, --no-... turn off a switch that a case has on.
 """
 
 import argparse
@@ -18,7 +20,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -32,97 +34,116 @@ from tqdm import tqdm
 
 import eval as evaluation
 from data import ASSETS, BUILTIN, DATASETS, TEST_SETS, Parser, Tokenizer, cli, encode_all, load
-from model import LLaMA, LLaMAConfig, save_tensors, write_json
+from model import LLaMA, LLaMAConfig, check_tensors, save_tensors, tensor_headers, write_json
 from rl import LogProbs, rl_step
-from vae import (END, METHODS, RL_ORDER, SFT_NOISE, START, WEIGHTS, LatentConfig, LatentReasoner,
+from vae import (END, METHODS, RL_ORDER, SFT_NOISE, START, STEP, WEIGHTS, LatentConfig, LatentReasoner,
                  check_vocabulary, collate, device_of, find_checkpoint, generator, moved, read_state,
                  remaining_text)
 
 
 # --- settings ---
 
-def setting(default, note, **more):
-    """A field of Config and its note in --help. more: choices; least; chain, pretrained: the default there;
-    own: not taken over from --init's checkpoint; free: a resumed run may change it."""
-    return field(default=default, metadata={"note": note, **more})
+def flag(default, note, **more):
+    """A field of Config and its note in --help. default: or all choices, the default first. more: least;
+    chain, pretrained: the default there; own: not taken over from --init's checkpoint; free: a resumed run
+    may change it."""
+    choices = default if isinstance(default, tuple) else None
+    return field(default=choices[0] if choices else default, metadata=dict(more, note=note, choices=choices))
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-STAGES = ("all", "cot", "vae", "rl")
+AUTO = ("auto", "yes", "no")
 DTYPES = ("auto", "float32", "bfloat16")
-SWITCH = argparse.BooleanOptionalAction
-AUTO = dict(choices=("auto", "yes", "no"))
 RUN = dict(own=True, free=True)
 
 
 @dataclass
 class Config:
-    stage: str = setting("all", "all (vae, rl, evaluation), cot, vae, rl", choices=STAGES, **RUN)
-    method: str = setting("atp", "atp, simcot, coconut, cot, nocot", choices=tuple(METHODS))
-    init: str = setting("", "Hugging Face LLaMA, or checkpoint or run of ours (rl: out_dir/vae)", **RUN)
-    data: str = setting("builtin", "builtin, chain, gsm8k, gsm8k_aug, or a file", pretrained="gsm8k_aug")
-    data_dir: str = setting("data", "where `python data.py` puts the published files")
-    annotated: int = setting(4000, "so many questions show their steps (0: all; other data: 0)", pretrained=0)
-    out_dir: str = setting("out", "runs go to out_dir/vae, out_dir/rl, ...", **RUN)
-    resume: bool = setting(False, "go on from the newest checkpoint of the same run", **RUN)
-    seed: int = setting(0, "of weights, data order and samples", own=True)
-    baseline: int = setting(1200, "stage all: steps of an answer-only model", chain=5000, pretrained=0, **RUN)
-    hidden_size: int = setting(96, "d", least=1)
-    layers: int = setting(4, "transformer blocks", least=1)
-    heads: int = setting(4, "attention heads", least=1)
-    intermediate_size: int = setting(256, "width of the SwiGLU", least=1)
-    context: int = setting(256, "longest sequence; longer examples are left out", least=1, pretrained=512)
-    thoughts_per_step: int = setting(1, "c: latents a reasoning step", least=1, pretrained=2)
-    max_steps: int = setting(6, "K: latent steps (pretrained simcot, coconut: 3)", least=1, pretrained=10)
-    vae: str = setting("auto", "sample latents, with a KL term (auto: as the method says)", **AUTO)
-    stop: str = setting("auto", "stop head", **AUTO)
-    decode: str = setting("auto", "decoder and its loss", **AUTO)
-    batch_size: int = setting(32, "examples an optimizer step, over all processes", least=1, pretrained=256)
-    micro_batch: int = setting(128, "rows of one pass (SFT, 0: as many as fit)", free=True, pretrained=0)
-    cot_epochs: float = setting(12.0, "stage 0: text chain of thought", chain=1.2, pretrained=0.0)
-    epochs_per_stage: float = setting(1.2, "each further stage", chain=0.1, pretrained=2.0)
-    final_epochs: float = setting(9.6, "further epochs, all steps latent", chain=2.2, pretrained=5.0)
-    max_iters: int = setting(0, "scale the curriculum to so many steps (rl: cut)", own=True)
-    cot_lr: float = setting(2e-3, "peak learning rate of stage 0", pretrained=1e-4)
-    lr: float = setting(1.5e-3, "peak learning rate of the latent stages", pretrained=1e-4)
-    min_lr: float = setting(0.02, "the cosine ends at this share of the peak (1: constant)", pretrained=1.0)
-    warmup: int = setting(50, "steps of linear warm-up of each new optimizer", pretrained=0)
-    weight_decay: float = setting(0.4, "AdamW", pretrained=0.01)
-    decay_all: bool = setting(False, "decay norms and biases too", pretrained=True)
-    beta2: float = setting(0.98, "AdamW", pretrained=0.999)
-    clip: float = setting(1.0, "gradient norm (0: not clipped)", pretrained=0.0)
-    beta_kl: float = setting(1e-3, "weight of the KL term")
-    decode_coef: float = setting(1.0, "weight of the decoder loss (1: the paper's sum over tokens)")
-    rl_lr: float = setting(2e-4, "peak learning rate", pretrained=1e-6)
-    rl_min_lr: float = setting(0.0, "the cosine ends at this share of the peak (1: constant)", pretrained=1.0)
-    rl_warmup: int = setting(10, "steps of linear warm-up", pretrained=0)
-    rl_clip: float = setting(1.0, "gradient norm (0: not clipped)")
-    rl_iters: int = setting(280, "batches of questions (0: one epoch)", pretrained=0)
-    questions_per_step: int = setting(64, "over all processes", least=1, pretrained=16)
-    group: int = setting(8, "rollouts a question", least=2)
-    minibatch: int = setting(512, "rollouts an optimizer step, over all processes", least=1, pretrained=16)
-    w_acc: float = setting(1.0, "reward of a right answer (0: coherence only, no labels)")
-    w_fmt: float = setting(0.5, "reward of a well-formed answer")
-    w_coh: float = setting(0.1, "reward of coherence")
-    ratio_clip: float = setting(0.2, "PPO")
-    std_norm: bool = setting(False, "divide advantages by the group's deviation", pretrained=True)
-    latent_grad: str = setting("path", "path or score", choices=("path", "score"), pretrained="score")
-    latent_coef: float = setting(1.0, "weight of the terms of latents and stops")
-    latent_mean: bool = setting(False, "score: density averaged, not summed, over d")
-    kl_coef: float = setting(0.0, "weight of the KL from the policy that RL began with")
-    temperature: float = setting(1.0, "of answer tokens in rollouts", least=1e-3)
-    latent_temperature: float = setting(1.0, "of latents in rollouts: times sigma", least=1e-3)
-    max_answer: int = setting(16, "most answer tokens of a rollout", least=1)
-    eval_every: int = setting(250, "steps between validations (0: only at the end)", pretrained=1000)
-    eval_size: int = setting(256, "validation questions", least=1)
-    log_every: int = setting(10, "steps between lines of metrics.jsonl", least=1, free=True)
-    save_every: int = setting(500, "steps between checkpoints", least=1, free=True, pretrained=1000)
-    keep: int = setting(2, "checkpoints kept", least=1, free=True)
-    device: str = setting("auto", "auto, cpu, cuda", choices=("auto", "cpu", "cuda"), **RUN)
-    dtype: str = setting("auto", "autocast (auto: on a GPU, not for rl with score)", choices=DTYPES, own=True)
-    compile: str = setting("auto", "torch.compile of the blocks (auto: on a GPU)", **AUTO, **RUN)
-    activation_checkpointing: str = setting("auto", "of wide passes (auto: on a GPU)", **AUTO, free=True)
-    threads: int = setting(0, "CPU threads (0: torch's choice)", **RUN)
+    stage: str = flag(("all", "cot", "vae", "rl"), "all (vae, rl, evaluation), cot, vae, rl", **RUN)
+    method: str = flag(tuple(METHODS), "atp, simcot, coconut, cot, nocot")
+    init: str = flag("", "Hugging Face LLaMA, or checkpoint or run of ours (rl: out_dir/vae)", **RUN)
+    data: str = flag("builtin", "builtin, chain, gsm8k, gsm8k_aug, or a file", pretrained="gsm8k_aug")
+    data_dir: str = flag("data", "where `python data.py` puts the published files")
+    annotated: int = flag(4000, "so many questions show their steps (0: all; other data: 0)", pretrained=0)
+    out_dir: str = flag("out", "runs go to out_dir/vae, out_dir/rl, ...", **RUN)
+    resume: bool = flag(False, "go on from the newest checkpoint of the same run", **RUN)
+    seed: int = flag(0, "of weights, data order and samples", own=True)
+    baseline: int = flag(1200, "stage all: steps of an answer-only model", chain=5000, pretrained=0, **RUN)
+    hidden_size: int = flag(96, "d", least=1)
+    layers: int = flag(4, "transformer blocks", least=1)
+    heads: int = flag(4, "attention heads", least=1)
+    intermediate_size: int = flag(256, "width of the SwiGLU", least=1)
+    context: int = flag(256, "longest sequence; longer examples are left out", least=1, pretrained=512)
+    thoughts_per_step: int = flag(1, "c: latents a reasoning step", least=1, pretrained=2)
+    max_steps: int = flag(6, "K: latent steps (pretrained simcot, coconut: 3)", least=1, pretrained=10)
+    vae: str = flag(AUTO, "sample latents, with a KL term (auto: as the method says)")
+    stop: str = flag(AUTO, "stop head")
+    decode: str = flag(AUTO, "decoder and its loss")
+    batch_size: int = flag(32, "examples an optimizer step, over all processes", least=1, pretrained=256)
+    micro_batch: int = flag(128, "rows of one pass (SFT, 0: as many as fit)", free=True, pretrained=0)
+    cot_epochs: float = flag(12.0, "stage 0: text chain of thought", chain=1.2, pretrained=0.0)
+    epochs_per_stage: float = flag(1.2, "each further stage", chain=0.1, pretrained=2.0)
+    final_epochs: float = flag(9.6, "further epochs, all steps latent", chain=2.2, pretrained=5.0)
+    max_iters: int = flag(0, "scale the curriculum to so many steps (rl: cut)", own=True)
+    cot_lr: float = flag(2e-3, "peak learning rate of stage 0", pretrained=1e-4)
+    lr: float = flag(1.5e-3, "peak learning rate of the latent stages", pretrained=1e-4)
+    min_lr: float = flag(0.02, "the cosine ends at this share of the peak (1: constant)", pretrained=1.0)
+    warmup: int = flag(50, "steps of linear warm-up of each new optimizer", pretrained=0)
+    weight_decay: float = flag(0.4, "AdamW", pretrained=0.01)
+    decay_all: bool = flag(False, "decay norms and biases too", pretrained=True)
+    beta2: float = flag(0.98, "AdamW", pretrained=0.999)
+    clip: float = flag(1.0, "gradient norm (0: not clipped)", pretrained=0.0)
+    beta_kl: float = flag(1e-3, "weight of the KL term")
+    decode_coef: float = flag(1.0, "weight of the decoder loss (1: the paper's sum over tokens)")
+    rl_lr: float = flag(2e-4, "peak learning rate", pretrained=1e-6)
+    rl_min_lr: float = flag(0.0, "the cosine ends at this share of the peak (1: constant)", pretrained=1.0)
+    rl_warmup: int = flag(10, "steps of linear warm-up", pretrained=0)
+    rl_clip: float = flag(1.0, "gradient norm (0: not clipped)")
+    rl_iters: int = flag(280, "batches of questions (0: one epoch)", pretrained=0)
+    questions_per_step: int = flag(64, "over all processes", least=1, pretrained=16)
+    group: int = flag(8, "rollouts a question", least=2)
+    minibatch: int = flag(512, "rollouts an optimizer step, over all processes", least=1, pretrained=16)
+    w_acc: float = flag(1.0, "reward of a right answer (0: coherence only, no labels)")
+    w_fmt: float = flag(0.5, "reward of a well-formed answer")
+    w_coh: float = flag(0.1, "reward of coherence")
+    ratio_clip: float = flag(0.2, "PPO")
+    std_norm: bool = flag(False, "divide advantages by the group's deviation", pretrained=True)
+    latent_grad: str = flag(("path", "score"), "path or score", pretrained="score")
+    latent_coef: float = flag(1.0, "weight of the terms of latents and stops")
+    latent_mean: bool = flag(False, "score: density averaged, not summed, over d")
+    kl_coef: float = flag(0.0, "weight of the KL from the policy that RL began with")
+    temperature: float = flag(1.0, "of answer tokens in rollouts", least=1e-3)
+    latent_temperature: float = flag(1.0, "of latents in rollouts: times sigma", least=1e-3)
+    max_answer: int = flag(16, "most answer tokens of a rollout", least=1)
+    eval_every: int = flag(250, "steps between validations (0: only at the end)", pretrained=1000)
+    eval_size: int = flag(256, "validation questions", least=1)
+    log_every: int = flag(10, "steps between lines of metrics.jsonl", least=1, free=True)
+    save_every: int = flag(500, "steps between checkpoints", least=1, free=True, pretrained=1000)
+    keep: int = flag(2, "checkpoints kept", least=1, free=True)
+    device: str = flag(("auto", "cpu", "cuda"), "auto, cpu, cuda", **RUN)
+    dtype: str = flag(DTYPES, "autocast (auto: on a GPU, not for rl with score)", own=True)
+    compile: str = flag(AUTO, "torch.compile of the blocks (auto: on a GPU)", **RUN)
+    activation_checkpointing: str = flag(AUTO, "of wide passes (auto: on a GPU)", free=True)
+    threads: int = flag(0, "CPU threads (0: torch's choice)", **RUN)
+
+    def __post_init__(self):
+        """ValueError for a value out of range, naming the flag."""
+        for f in fields(self):
+            value, least = getattr(self, f.name), f.metadata.get("least", 0)
+            kinds = (int, float) if f.type is float else (f.type,)
+            if type(value) not in kinds or value not in (f.metadata["choices"] or [value]):
+                raise ValueError(f"--{f.name} cannot be {value!r}")
+            if f.type in (int, float) and not least <= value < math.inf:
+                raise ValueError(f"--{f.name} must be at least {least}, not {value}")
+        if self.stage == "cot" and self.method != "cot":
+            raise ValueError(f"--stage cot is --method cot: leave --method {self.method} out")
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(f"--hidden_size {self.hidden_size}: no multiple of twice --heads {self.heads}")
+        batch = self.questions_per_step * self.group
+        if self.minibatch % self.questions_per_step or batch % self.minibatch:
+            raise ValueError(f"--minibatch {self.minibatch}: not --questions_per_step x a divisor of --group")
+        if self.thoughts_per_step * self.max_steps >= self.context:
+            raise ValueError("--thoughts_per_step times --max_steps leaves no room in --context")
 
 
 FIELDS = {f.name: f for f in fields(Config)}
@@ -136,12 +157,12 @@ def defaults(case):
 
 
 def help_text():
-    lines = [__doc__, f"  {'setting':<27}{'default':>9}{'chain':>7}{'pretrained':>12}"]
+    text = f"{__doc__}\n  {'setting':<27}{'default':>9}{'chain':>7}{'pretrained':>12}\n"
     for name, f in FIELDS.items():
-        lines += [f"{SECTIONS[name]}:"] if name in SECTIONS else []
+        text += f"{SECTIONS[name]}:\n" if name in SECTIONS else ""
         chain, pretrained = (str(f.metadata.get(case, "")) for case in ("chain", "pretrained"))
-        lines.append(f"  --{name:<25}{f.default!s:>9}{chain:>7}{pretrained:>12}  {f.metadata['note']}")
-    return "\n".join(lines) + "\n"
+        text += f"  --{name:<25}{f.default!s:>9}{chain:>7}{pretrained:>12}  {f.metadata['note']}\n"
+    return text
 
 
 def parse(argv):
@@ -149,18 +170,17 @@ def parse(argv):
     parser = Parser(argument_default=argparse.SUPPRESS)
     parser.format_help = help_text
     for name, f in FIELDS.items():
-        kind = dict(type=f.type, choices=f.metadata.get("choices"))
-        parser.add_argument(f"--{name}", **dict(action=SWITCH) if f.type is bool else kind)
+        switch = dict(action=argparse.BooleanOptionalAction)
+        kind = switch if f.type is bool else dict(type=f.type, choices=f.metadata["choices"])
+        parser.add_argument(f"--{name}", **kind)
     return vars(parser.parse_args(argv))
 
 
 def resolve(given):
     """The Config of a run: defaults, then those of its case or its --init, then the flags."""
-    init, values = given.get("init", ""), {}
-    if not init and given.get("stage") == "rl":
-        init = str(Path(given.get("out_dir", Config.out_dir), "vae"))
-    if init and not Path(init).is_dir():
-        raise FileNotFoundError(f"--init {init}: no such directory (RL begins where --stage vae ended)")
+    init, stage, values = given.get("init"), given.get("stage"), {}
+    if not init:
+        init = str(Path(given.get("out_dir", Config.out_dir), "vae")) if stage == "rl" else ""
     if init and Path(init, "config.json").is_file() and not Path(init, "train.json").is_file():
         values = defaults("pretrained")
         if given.get("method") in ("simcot", "coconut"):
@@ -170,36 +190,15 @@ def resolve(given):
         saved = read_state(init)["config"]
         values = {k: v for k, v in saved.items() if k in FIELDS and not FIELDS[k].metadata.get("own")}
         values["baseline"] = 0  # it would not begin from nothing
-        if saved.get("stage") == "cot" and given.get("stage") == "vae":
+        if saved.get("stage") == "cot" and stage in (None, "all", "vae"):
             del values["method"]  # text was the warm-up
     elif given.get("data") == "chain":
         values = defaults("chain")
     if given.get("data", "builtin") not in ("builtin", values.get("data")):
         values["annotated"] = 0  # the default is builtin's
-    if given.get("stage") == "cot":
+    if stage == "cot":
         values["method"] = "cot"
-    cfg = Config(**{**values, **given, "init": init})
-    check(cfg)
-    return cfg
-
-
-def check(cfg):
-    """ValueError for a value out of range, naming the flag."""
-    for name, f in FIELDS.items():
-        value, least = getattr(cfg, name), f.metadata.get("least", 0)
-        kinds = (int, float) if f.type is float else (f.type,)
-        if type(value) not in kinds or value not in f.metadata.get("choices", (value,)):
-            raise ValueError(f"--{name} cannot be {value!r}")
-        if f.type in (int, float) and not least <= value < math.inf:
-            raise ValueError(f"--{name} must be at least {least}, not {value}")
-    if cfg.stage == "cot" and cfg.method != "cot":
-        raise ValueError(f"--stage cot is --method cot: leave --method {cfg.method} out")
-    if cfg.hidden_size % (2 * cfg.heads):
-        raise ValueError(f"--hidden_size {cfg.hidden_size} must be a multiple of twice --heads {cfg.heads}")
-    if cfg.minibatch % cfg.questions_per_step or (cfg.questions_per_step * cfg.group) % cfg.minibatch:
-        raise ValueError(f"--minibatch {cfg.minibatch}: not --questions_per_step times a divisor of --group")
-    if cfg.thoughts_per_step * cfg.max_steps >= cfg.context:
-        raise ValueError("--thoughts_per_step times --max_steps leaves no room in --context")
+    return Config(**{**values, **given, "init": init})
 
 
 # --- set-up ---
@@ -208,15 +207,15 @@ class Run:
     """What a stage works with: processes, device, folder, log. begin() adds model, tokenizer, data, state."""
 
     def __init__(self, cfg, name):
-        self.cfg, self.name, self.dir = cfg, name, Path(cfg.out_dir) / name
+        self.cfg, self.name, self.dir = cfg, name, Path(cfg.out_dir, name)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.main, self.device = self.rank == 0, device_of(cfg.device)
         self.gpu = self.device.type == "cuda"
-        on = {"yes": True, "no": False, "auto": self.gpu}
+        on = {"auto": self.gpu, "yes": True, "no": False, "bfloat16": True, "float32": False}
         self.compile, self.repeats = on[cfg.compile], on[cfg.activation_checkpointing]
         # a density is a sum over d, in which bfloat16 or TF32 would move every ratio out of the clip
         exact = name == "rl" and cfg.latent_grad == "score" and cfg.dtype == "auto"
-        self.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and self.gpu and not exact)
+        self.bf16 = on[cfg.dtype] and not exact
         torch.set_float32_matmul_precision("highest" if exact or cfg.dtype == "float32" else "high")
         self.began, self.signal = time.time(), 0  # signal: the number of one that asks the run to stop
 
@@ -224,7 +223,6 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def wrap(self, module):
-        """DDP, where there are several processes."""
         devices = [self.device.index] if self.gpu else None
         return module if self.world == 1 else DDP(module, device_ids=devices, gradient_as_bucket_view=True)
 
@@ -234,14 +232,14 @@ class Run:
 
     def mean(self, values):
         """Dict of numbers or tensors of one number -> dict of floats, averaged over processes."""
-        numbers = [torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values.values()]
-        t = torch.stack(numbers) if numbers else torch.zeros(0)
+        t = [torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values.values()]
+        t = torch.stack(t)
         if self.world > 1:
             dist.all_reduce(t)
         return dict(zip(values, (t / self.world).tolist()))
 
     def log(self, **values):
-        """Append a line to metrics.jsonl, with seconds since the start and the GPU's peak in GiB."""
+        """A line of metrics.jsonl, with seconds since the start and the GPU's peak in GiB."""
         values["seconds"] = round(time.time() - self.began, 2)
         if self.gpu:
             values["memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
@@ -251,7 +249,7 @@ class Run:
 
     def say(self, text):
         if self.main:
-            tqdm.write(text, file=sys.stdout)
+            tqdm.write(f"{self.name}: {text}")
             sys.stdout.flush()
 
     def steps(self, total):
@@ -260,14 +258,14 @@ class Run:
         return tqdm(range(done, total), self.name, total, initial=done, disable=None if self.main else True)
 
     def clip_gradients(self, optimizer, clip, step, ids, parts):
-        """The gradient norm before clipping. FloatingPointError where it is not finite, before the weights
-        are touched: it names the step, the loss parts and the examples."""
+        """The gradient norm before clipping. FloatingPointError where it is not finite names the step, the
+        loss parts and the examples, before the weights are touched."""
         params = [p for group in optimizer.param_groups for p in group["params"]]
         norm = float(torch.nn.utils.clip_grad_norm_(params, clip or math.inf))
         if not math.isfinite(norm):
-            bad = [k for k, v in self.mean(parts).items() if not math.isfinite(v)] or ["gradient"]
-            raise FloatingPointError(f"step {step}: {', '.join(bad)} is not finite; the last checkpoint "
-                                     f"stands (batch: {', '.join(ids)})")
+            bad = [k for k, v in self.mean(parts).items() if not math.isfinite(v)]
+            raise FloatingPointError(f"step {step}: {', '.join(bad or ['gradient'])} is not finite; the last "
+                                     f"checkpoint stands (batch: {', '.join(ids)})")
         return norm
 
     def ask_to_stop(self, number, _):
@@ -289,15 +287,23 @@ def batch_indices(seed, step, n, size):
 
 
 def make_optimizer(model, cfg, weight_decay=0.0, ckpt=None):
-    """AdamW, with the state of checkpoint ckpt. Norms and biases (vectors) decay only with cfg.decay_all."""
+    """AdamW, with the state of checkpoint ckpt. Norms and biases (vectors) decay only with cfg.decay_all.
+    ValueError where the state does not fit: fused AdamW would go beyond the end of a tensor."""
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    matrices, vectors = ([p for p in named.values() if (p.dim() > 1) == two] for two in (True, False))
-    groups = [{"params": matrices, "weight_decay": weight_decay},
-              {"params": vectors, "weight_decay": weight_decay * cfg.decay_all}]
+    groups = [{"params": [p for p in named.values() if (p.dim() > 1) == matrices],
+               "weight_decay": weight_decay * (matrices or cfg.decay_all)} for matrices in (True, False)]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, cfg.beta2), fused=True)
-    for key, v in load_file(ckpt / "optimizer.safetensors").items() if ckpt else ():
-        kind, name = key.split(".", 1)
-        optimizer.state[named[name]][kind] = v.to(named[name].device)
+    if ckpt:
+        file = ckpt / "optimizer.safetensors"
+        found, count = tensor_headers(file), torch.zeros(())
+        wanted = {}
+        for name, p in named.items():
+            if f"step.{name}" in found:  # what never had a gradient has no state
+                wanted |= {f"step.{name}": count, f"exp_avg.{name}": p, f"exp_avg_sq.{name}": p}
+        check_tensors(found, wanted, file)
+        for name, v in load_file(file).items():
+            key, name = name.split(".", 1)
+            optimizer.state[named[name]][key] = v.to(named[name].device)
     return optimizer
 
 
@@ -314,17 +320,14 @@ def build(cfg, run):
     policy is kept; RL refuses it."""
     torch.manual_seed(generator(cfg.seed, WEIGHTS).initial_seed())
     init, model, tokenizer = cfg.init, None, Tokenizer.from_pretrained(cfg.init or ASSETS)
-    parts, known = dict(METHODS[cfg.method]), START in tokenizer.special
-    for part in ("vae", "stop", "decode"):
-        parts[part] = {"yes": True, "no": False, "auto": parts[part]}[getattr(cfg, part)]
+    asked = {part: getattr(cfg, part) for part in ("vae", "stop", "decode")}
+    parts = METHODS[cfg.method] | {part: v == "yes" for part, v in asked.items() if v != "auto"}
     if init and Path(init, "latent.json").is_file():
         model = LatentReasoner.from_pretrained(init, device=run.device, decode=parts["decode"])
-        policy = model.policy
-    elif init:
-        policy = LLaMA.from_pretrained(init, device=run.device)
     if init:
+        policy = model.policy if model else LLaMA.from_pretrained(init, device=run.device)
         check_vocabulary(tokenizer, policy, init)
-    start, end = tokenizer.add_special(START, END)
+    known, (start, end) = START in tokenizer.special, tokenizer.add_special(START, END)
     if not init:
         policy = LLaMA(LLaMAConfig(
             tokenizer.vocab_size, cfg.hidden_size, cfg.intermediate_size, cfg.layers, cfg.heads, cfg.heads,
@@ -333,14 +336,13 @@ def build(cfg, run):
                           thoughts_per_step=cfg.thoughts_per_step, eos_id=tokenizer.end_id(),
                           vocab_size=tokenizer.vocab_size)
     same = model and all(getattr(model.config, part) == parts[part] for part in ("head", "stop", "decode"))
-    untrained = run.name == "rl" and same and parts["vae"] > model.config.vae  # its sigma
-    if same and not untrained:
+    if run.name == "rl" and not (same and parts["vae"] <= model.config.vae):  # or sigma would be untrained
+        raise ValueError(f"--stage rl: {init} has other parts (heads, decoder, VAE) than this run asks for")
+    if same:
         model.configure(latent)
         return model, tokenizer
-    if run.name == "rl":
-        raise ValueError(f"--stage rl: {init} has other parts (heads, decoder, VAE) than this run asks for")
     if model:
-        run.say(f"{run.name}: {init} has other parts (heads, decoder): only its policy is kept")
+        run.say(f"{init} has other parts (heads, decoder): only its policy is kept")
     if not known:
         like = tokenizer.encode_ordinary("<<")  # what a step begins with
         policy.add_tokens([start, end], like[0] if len(like) == 1 else None)
@@ -357,9 +359,9 @@ def read_data(run, split):
     usable = [e for e in fits if e.steps or not imitates]
     shown = usable[:cfg.annotated or None] if imitates else usable
     if not usable:
-        raise ValueError(f"--data {data}: no example of split {split} is left (nocot needs no steps)")
+        raise ValueError(f"--data {data}: no example of split {split} is left: too long, without steps or held out")
     if long or len(shown) < len(fits):
-        run.say(f"{run.name}: of {data} {split} left out {long} examples longer than {context} tokens, "
+        run.say(f"of {data} {split} left out {long} examples longer than {context} tokens, "
                 f"{len(fits) - len(usable)} without steps, {len(usable) - len(shown)} beyond --annotated")
     return shown
 
@@ -368,14 +370,13 @@ def read_data(run, split):
 
 def save_checkpoint(run, optimizer):
     """A complete folder step-N: written under another name, then renamed."""
-    if not run.main:
-        return
     final = run.dir / f"step-{run.state['step']:07d}"
     part = run.dir / f".tmp-{final.name}"
     names = {p: n for n, p in run.model.named_parameters()}
     tensors = {f"{key}.{names[p]}": v for p, s in optimizer.state.items() for key, v in s.items()}
-    run.state["logged"] = (run.dir / "metrics.jsonl").stat().st_size
     try:
+        with open(run.dir / "metrics.jsonl", "ab") as log:
+            run.state["logged"] = log.tell()
         run.model.save_pretrained(part)
         run.tokenizer.save_pretrained(part)
         save_tensors(tensors, part / "optimizer.safetensors")
@@ -389,7 +390,7 @@ def save_checkpoint(run, optimizer):
 
 def tidy(run, keep):
     """Keep the newest checkpoints and the best by validation; AdamW's state only in the newest."""
-    for age, ckpt in enumerate(sorted(run.dir.glob("step-*"), reverse=True)):
+    for age, ckpt in enumerate(sorted(run.dir.glob(STEP), reverse=True)):
         if age >= keep and int(ckpt.name[5:]) != run.state["best"].get("step"):
             # a checkpoint is whole, or it has another name
             shutil.rmtree(ckpt.replace(ckpt.with_name(f".tmp-{ckpt.name}")))
@@ -399,81 +400,70 @@ def tidy(run, keep):
 
 def resume_point(cfg, given, folder):
     """(cfg, checkpoint, its state) to go on with: the run's own settings, but for those that are free."""
-    state = {"step": 0, "best": {}, "skipped": 0, "logged": 0}  # logged: bytes of metrics.jsonl
-    found = sorted(folder.glob("step-*/train.json"))
-    if not cfg.resume or not found:
-        return cfg, None, state
+    found = sorted(folder.glob(f"{STEP}/train.json"))
+    if not (cfg.resume and found):
+        return cfg, None, {"step": 0, "best": {}, "skipped": 0, "logged": 0}  # logged: bytes of metrics.jsonl
     ckpt = found[-1].parent
-    state |= read_state(ckpt)
+    state = read_state(ckpt)
+    counts = [state.get(key) for key in ("step", "skipped", "logged")]
+    if {*map(type, counts)} != {int} or min(counts) < 0 or type(state.get("best")) is not dict:
+        raise ValueError(f"{found[-1]}: broken or of an earlier version: it can be --init, but not --resume")
     saved = state.pop("config")
     kept = {k: v for k, v in saved.items() if k in FIELDS and not FIELDS[k].metadata.get("free")}
     for k, v in kept.items():
         if given.get(k, v) != v:
             raise ValueError(f"--{k} {given[k]}: --resume goes on with a run that has --{k} {v} ({folder})")
-    cfg = replace(cfg, **kept, init=cfg.init if "init" in given else saved["init"])
-    check(cfg)
-    return cfg, ckpt, state
+    return replace(cfg, **kept, init=cfg.init if "init" in given else saved["init"]), ckpt, state
 
 
 @contextmanager
 def begin(cfg, name, given):
     """The Run of a stage, new or resumed, alone in its folder until the `with` block ends. A new run replaces
     an earlier one there, once nothing can be wrong with its settings any more."""
-    folder = Path(cfg.out_dir, name)
-    cfg, ckpt, state = resume_point(cfg, given, folder)
+    cfg, ckpt, state = resume_point(cfg, given, Path(cfg.out_dir, name))
     run = Run(cfg, name)
     run.resumed, run.state = ckpt, state
-    if not ckpt and cfg.init and Path(cfg.init).resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"--init {cfg.init} is in {folder}, which this run replaces: give another --out_dir")
-    flag = "questions_per_step" if name == "rl" else "batch_size"
-    if run.world > getattr(cfg, flag):
-        raise ValueError(f"--{flag} {getattr(cfg, flag)} is smaller than the number of processes {run.world}")
+    if not ckpt and cfg.init and Path(cfg.init).resolve().is_relative_to(run.dir.resolve()):
+        raise ValueError(f"--init {cfg.init}: this run would replace {run.dir} (give another --out_dir)")
+    size = "questions_per_step" if name == "rl" else "batch_size"
+    if run.world > getattr(cfg, size):
+        raise ValueError(f"--{size} {getattr(cfg, size)} is smaller than the number of processes {run.world}")
     run.model, run.tokenizer = build(replace(cfg, init=str(ckpt)) if ckpt else cfg, run)
     for llama in run.model.llamas():
         llama.activation_checkpointing = run.repeats
         if run.compile:
             llama.compile_blocks()
     run.train, run.valid = read_data(run, "train"), read_data(run, "valid")[:cfg.eval_size]
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)  # the system lets go of it however the process ends
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    try:
+    run.dir.mkdir(parents=True, exist_ok=True)
+    with open(run.dir / "metrics.jsonl", "ab") as log, ExitStack() as at_end:
         if run.main:
-            take_folder(run, lock)
+            try:
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system unlocks however the process ends
+            except BlockingIOError:
+                raise ValueError(f"{run.dir}: another run writes there (give another --out_dir)") from None
+            # what a kill or an earlier run left there after the point where this run begins
+            for leftover in run.dir.glob(".tmp-*"):
+                shutil.rmtree(leftover)
+            tidy(run, cfg.keep if ckpt else 0)
+            log.truncate(min(log.tell(), state["logged"]))
+        if cfg.resume:
+            run.say(f"resumed at step {state['step']} ({ckpt or 'no checkpoint'})")
         for number in SIGNALS:
-            signal.signal(number, run.ask_to_stop)
+            at_end.callback(signal.signal, number, signal.signal(number, run.ask_to_stop))
         yield run
         if run.signal:  # it came while the last checkpoint was written
             raise SystemExit(128 + run.signal)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        os.close(lock)
 
 
-def take_folder(run, lock):
-    """Lock it, and remove what a kill or an earlier run left there after the point where this run begins."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{run.dir}: another run is writing there (give another --out_dir)") from None
-    for leftover in run.dir.glob(".tmp-*"):
-        shutil.rmtree(leftover)
-    tidy(run, run.cfg.keep if run.resumed else 0)
-    with open(run.dir / "metrics.jsonl", "ab") as f:
-        f.truncate(min(f.tell(), run.state["logged"]))
-    if run.cfg.resume:
-        run.say(f"{run.name}: resumed at step {run.state['step']} ({run.resumed or 'no checkpoint'})")
-
-
-def finish_step(run, optimizer, stage, due, total):
+def finish_step(run, optimizer, step, stage, end, total):
     """Validate and save where it is due. SystemExit, 128 + signal, where one asked the run to stop."""
-    step, better = run.state["step"], due and validate(run, stage)
-    stop = run.asked_to_stop()
-    if better or stop or step == total or step % run.cfg.save_every == 0:
+    run.state |= {"step": step, "stage": stage}
+    due = step == end or (run.cfg.eval_every and step % run.cfg.eval_every == 0)
+    better, stop = due and validate(run, stage), run.asked_to_stop()
+    if run.main and (better or stop or step == total or step % run.cfg.save_every == 0):
         save_checkpoint(run, optimizer)
     if stop:
-        run.say(f"{run.name}: stopped at step {step}; the same command with --resume goes on")
+        run.say(f"stopped at step {step}; the same command with --resume goes on")
         raise SystemExit(128 + (run.signal or signal.SIGINT))
 
 
@@ -481,16 +471,16 @@ def validate(run, stage):
     """Greedy figures on validation questions, a share on each process. Returns whether they are the best."""
     if run.model.config.latent and stage == 0:  # it still writes text: there is nothing to measure
         return False
-    mine, best = run.valid[run.rank::run.world], run.state["best"]
+    mine, state = run.valid[run.rank::run.world], run.state
     figures, _ = evaluation.evaluate(run.model, run.tokenizer, mine, bf16=run.bf16)
     share = len(mine) * run.world / len(run.valid)
     figures = run.mean({k: v * share for k, v in figures.items() if k != "n"})
     run.model.train()
-    run.log(step=run.state["step"], stage=stage, valid=figures)
+    run.log(step=state["step"], stage=stage, valid=figures)
     shown = ", ".join(f"{k} {v:.3f}" for k, v in figures.items())
-    run.say(f"{run.name} step {run.state['step']} stage {stage}: validation {shown}")
-    if better := figures["accuracy"] > best.get("accuracy", -1):
-        best |= {"step": run.state["step"], "accuracy": figures["accuracy"]}
+    run.say(f"step {state['step']} stage {stage}: validation {shown}")
+    if better := figures["accuracy"] > state["best"].get("accuracy", -1):
+        state["best"] = {"step": state["step"], "accuracy": figures["accuracy"]}
     return better
 
 
@@ -498,13 +488,13 @@ def validate(run, stage):
 
 def curriculum(cfg, latent, n):
     """[(stage, its first step, its last + 1)]: at stage s the first s steps are latent; 0 is text."""
-    epochs = {0: cfg.cot_epochs, **{s: cfg.epochs_per_stage for s in range(1, cfg.max_steps + 1)}}
-    epochs[cfg.max_steps] += cfg.final_epochs
-    epochs = epochs if latent else {0: sum(epochs.values())}
-    steps = {s: max(1, round(e * n / cfg.batch_size)) for s, e in epochs.items() if e > 0}
-    ends = np.cumsum([0, *steps.values()]).tolist()
+    epochs = [cfg.cot_epochs, *[cfg.epochs_per_stage] * cfg.max_steps]
+    epochs[-1] += cfg.final_epochs
+    epochs = epochs if latent else [sum(epochs)]
+    steps = {s: max(1, round(e * n / cfg.batch_size)) for s, e in enumerate(epochs) if e > 0}
     if not steps:
         raise ValueError("--cot_epochs, --epochs_per_stage and --final_epochs leave no step")
+    ends = np.cumsum([0, *steps.values()]).tolist()
     if cfg.max_iters:
         ends = [end * cfg.max_iters // ends[-1] for end in ends]
     return [(s, a, b) for s, a, b in zip(steps, ends, ends[1:]) if b > a]
@@ -512,69 +502,69 @@ def curriculum(cfg, latent, n):
 
 def micro_batches(run, examples, stage, step):
     """This process's parts of a global batch, as Batches on the CPU."""
-    config, cfg, noise = run.model.config, run.cfg, None
-    if config.vae and stage > 0:
-        shape = min(stage + 1, cfg.max_steps), cfg.thoughts_per_step, run.model.policy.config.hidden_size
-        noise = torch.randn(len(examples), *shape, generator=generator(cfg.seed, SFT_NOISE, step))
+    config, cfg, d = run.model.config, run.cfg, run.model.policy.config.hidden_size
+    shape = len(examples), min(stage + 1, cfg.max_steps), cfg.thoughts_per_step, d
+    noise = torch.randn(shape, generator=generator(cfg.seed, SFT_NOISE, step))
     tokens = sum(len(remaining_text(e, config, stage)) for e in examples)
     # rows of like length go together: less padding, the same batch
     order = np.argsort([len(e) for e in examples], kind="stable")
     count = -(-len(examples) // (run.micro_batch * run.world))
     for rows in np.array_split(order, min(count, len(examples) // run.world)):
         rows = rows[run.rank::run.world]
-        part = None if noise is None else noise[rows]
-        yield collate([examples[i] for i in rows], config, stage, part, len(examples), tokens)
+        yield collate([examples[i] for i in rows], config, stage, noise[rows], len(examples), tokens)
 
 
 def fit_micro_batch(run, stage):
-    """--micro_batch 0: the most rows whose forward and backward fit on the GPU, of the longest examples."""
-    if run.cfg.micro_batch or not run.gpu:
-        return run.cfg.micro_batch or 32
-    model, size = run.model, -(-run.cfg.batch_size // run.world)
-    longest = sorted(run.train, key=len)[-size:]
+    """Set run.micro_batch: with --micro_batch 0, as many of the longest examples as a GPU can train on."""
+    cfg, model, run.micro_batch = run.cfg, run.model, run.cfg.micro_batch or 32
+    if cfg.micro_batch or not run.gpu:
+        return
+    size = -(-cfg.batch_size // run.world)  # a process's share of a batch
+    longest = (sorted(run.train, key=len)[-size:] * size)[-size:]
     held = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]  # AdamW's
-    noise = torch.zeros(size, run.cfg.max_steps, run.cfg.thoughts_per_step, model.policy.config.hidden_size)
     while True:
+        run.micro_batch = len(longest)
+        [batch] = micro_batches(run, longest * run.world, stage, 0)
         try:
             with run.autocast():
-                losses = model(moved(collate(longest[-size:], model.config, stage, noise[:size]), run.device))
+                losses = model(moved(batch, run.device))
             sum(losses.values()).backward()
             break
         except torch.OutOfMemoryError:
-            if size == 1:
+            if len(longest) == 1:
                 raise ValueError("--micro_batch 0: not even one example fits on the device") from None
-            size = -(-size // 2)
+            longest = longest[-len(longest) // 2:]
         finally:
             losses = None
             model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
     del held
-    size = torch.tensor(size, device=run.device)
+    size = torch.tensor(len(longest), device=run.device)
     if run.world > 1:
         dist.all_reduce(size, dist.ReduceOp.MIN)
-    run.say(f"{run.name}: stage {stage} takes {int(size)} rows at once (--micro_batch 0)")
-    return int(size)
+    run.micro_batch = int(size)
+    run.say(f"stage {stage} takes {run.micro_batch} rows at once (--micro_batch 0)")
 
 
 def train_supervised(cfg, name, given):
     """Curriculum from text to latents (or text alone). The trained checkpoint is in out_dir/name."""
     with begin(cfg, name, given) as run:
-        cfg, model, state, optimizer = run.cfg, run.model, run.state, None
+        cfg, model, optimizer = run.cfg, run.model, None
         # epochs count questions that are imitated, so that every method, nocot too, makes as many steps
         stages = curriculum(cfg, model.config.latent, min(len(run.train), cfg.annotated or len(run.train)))
-        total, text_steps = stages[-1][2], sum(b - a for s, a, b in stages if s == 0)
-        size = sum(p.numel() for p in model.policy.parameters()) / 1e6
-        run.say(f"{name}: {cfg.method}, {size:.2f} M parameters, {len(run.train)} examples, {total} steps of "
-                f"{cfg.batch_size} (" + ", ".join(f"stage {s}: {b - a}" for s, a, b in stages) + ")")
+        lengths, total = {s: b - a for s, a, b in stages}, stages[-1][2]
+        text_steps, size = lengths.get(0, 0), sum(p.numel() for p in model.policy.parameters())
+        run.say(f"{cfg.method}, {size / 1e6:.2f} M parameters, {len(run.train)} examples, {total} steps of "
+                f"{cfg.batch_size} (of each stage: {lengths})")
         weights = {"answer": 1.0, "stop": 1.0, "decode": cfg.decode_coef, "kl": cfg.beta_kl}
         for step in (bar := run.steps(total)):
             stage, opening, end = next(s for s in stages if step < s[2])
-            if step == opening > 0 and opening == text_steps and model.decoder is not None:
+            if step == text_steps > 0 and model.decoder is not None:
                 model.decoder.load_state_dict(model.policy.state_dict())  # it starts as the warmed up policy
             if optimizer is None or step == opening:  # AdamW is made anew in each stage
                 optimizer = ddp = None  # the last stage's averages make room
                 model.set_trainable(stage)
-                run.micro_batch = fit_micro_batch(run, stage)
+                fit_micro_batch(run, stage)
                 ckpt = run.resumed if step > opening else None
                 optimizer = make_optimizer(model, cfg, cfg.weight_decay, ckpt)
                 ddp = run.wrap(model.train())
@@ -589,24 +579,23 @@ def train_supervised(cfg, name, given):
                 parts = {k: parts.get(k, 0.0) + v.detach() * run.world for k, v in losses.items()}
             norm = run.clip_gradients(optimizer, cfg.clip, step + 1, [e.example.id for e in examples], parts)
             # one cosine over the text stage, another over all latent stages, a warm-up for each optimizer
-            start, steps = (0, text_steps) if stage == 0 else (text_steps, total - text_steps)
-            lr = set_lr(optimizer, cfg.lr if stage else cfg.cot_lr, cfg.min_lr, (step - start) / steps,
+            progress = (step - text_steps) / (total - text_steps) if stage else step / text_steps
+            lr = set_lr(optimizer, cfg.lr if stage else cfg.cot_lr, cfg.min_lr, progress,
                         (step - opening + 1) / max(1, cfg.warmup))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            state |= {"step": step + 1, "stage": stage}
             if (step + 1) % cfg.log_every == 0 or step + 1 == total:
                 parts = run.mean(parts)
                 run.log(step=step + 1, stage=stage, lr=lr, grad_norm=norm, **parts)
                 bar.set_postfix(stage=stage, **parts)
-            due = step + 1 == end or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)
-            finish_step(run, optimizer, stage, due, total)
+            finish_step(run, optimizer, step + 1, stage, end, total)
 
 
 # --- reinforcement learning (paper, section 3.3) ---
 
 def make_reference(run):
-    """LogProbs of the policy that RL began with, for --kl_coef. A resumed run reads it again."""
+    """LogProbs of the policy that RL began with, for --kl_coef. A resumed run reads it again. By path it
+    makes latents of its own from the same noise."""
     start = LatentReasoner.from_pretrained(run.cfg.init, device=run.device, decode=False)
     start.configure(replace(run.model.config, decode=False))
     start.requires_grad_(False)
@@ -615,56 +604,50 @@ def make_reference(run):
         raise ValueError(f"--init {run.cfg.init} is not the checkpoint that this run began with")
     if run.compile:
         start.policy.compile_blocks()
-    return LogProbs(start, run.cfg.temperature)
+    return LogProbs(start, run.cfg.temperature, run.cfg.latent_grad)
 
 
-def train_rl(cfg, name, given):
-    """GRPO on questions and answers, from checkpoint cfg.init. The trained checkpoint is in out_dir/name."""
-    with begin(cfg, name, given) as run:
+def train_rl(cfg, given):
+    """GRPO on questions and answers, from checkpoint cfg.init. The trained checkpoint is in out_dir/rl."""
+    with begin(cfg, "rl", given) as run:
         cfg, model, state = run.cfg, run.model, run.state
         Q, G = cfg.questions_per_step, cfg.group
-        total = cfg.rl_iters or max(1, len(run.train) // Q)  # 0: one epoch over the questions
-        total = min(total, cfg.max_iters or total)
+        total = min(cfg.rl_iters or max(1, len(run.train) // Q), cfg.max_iters or math.inf)
         if cfg.w_coh and not cfg.w_acc and model.decoder is None:
             raise ValueError(f"--w_acc 0 --w_coh {cfg.w_coh}: {cfg.init} has no decoder to read plans with")
         model.set_trainable("rl")
         optimizer = make_optimizer(model, cfg, 0.0, run.resumed)
-        log_probs = LogProbs(model, cfg.temperature, cfg.latent_grad, cfg.latent_temperature)
+        ddp = run.wrap(LogProbs(model, cfg.temperature, cfg.latent_grad, cfg.latent_temperature))
         reference = make_reference(run) if cfg.kl_coef else None
-        ddp = run.wrap(log_probs)
-        run.say(f"{name}: {total} batches of {Q} questions x {G} rollouts, {Q * G // cfg.minibatch} "
+        run.say(f"{total} batches of {Q} questions x {G} rollouts, {Q * G // cfg.minibatch} "
                 f"optimizer steps each, from {cfg.init}")
         if state["step"] == 0:
             validate(run, "rl")  # to be kept, a checkpoint must be better
-            state["best"].pop("step", None)
+        order = cfg.seed + (RL_ORDER << 32)  # another than that of the supervised stage
         for step in (bar := run.steps(total)):
-            order = cfg.seed + (RL_ORDER << 32)  # another than that of the supervised stage
-            chosen = batch_indices(order, step, len(run.train), Q)
             lr = set_lr(optimizer, cfg.rl_lr, cfg.rl_min_lr, step / total, (step + 1) / max(1, cfg.rl_warmup))
-            examples = [run.train[i] for i in chosen]
+            examples = [run.train[i] for i in batch_indices(order, step, len(run.train), Q)]
             stats = rl_step(run, ddp, reference, optimizer, examples, run.tokenizer, step)
-            stats["skipped"] = state["skipped"] + ("grad_norm" not in stats)
-            state |= {"step": step + 1, "stage": "rl", "skipped": stats["skipped"]}
+            stats["skipped"] = state["skipped"] = state["skipped"] + ("grad_norm" not in stats)
             bar.set_postfix({k: stats[k] for k in ("reward", "accuracy", "coherence")})
             if (step + 1) % cfg.log_every == 0 or step + 1 == total:
                 run.log(step=step + 1, lr=lr, **stats)
-            due = step + 1 == total or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)
-            finish_step(run, optimizer, "rl", due, total)
+            finish_step(run, optimizer, step + 1, "rl", total, total)
 
 
 # --- main ---
 
 def report(cfg, runs):
-    """The closing table of {label: run's folder}, greedy: on the built-in test sets, the data's test split or
-    what was held out of a user's file."""
+    """Print the table of {label: run's folder}: the built-in test sets, the data's test split or what was
+    held out of a user's file."""
     sets = TEST_SETS if cfg.data == "builtin" else (cfg.data,)
     split = "test" if cfg.data in (*BUILTIN, *DATASETS) else "valid"
     args = evaluation.parser().parse_args([])
     vars(args).update(data=sets, split=split, data_dir=cfg.data_dir, device=cfg.device, dtype=cfg.dtype,
                       compile=cfg.compile)
-    data = evaluation.read_sets(args)
-    rows = [(label, evaluation.measure(find_checkpoint(folder), data, args)["benchmarks"])
-            for label, folder in runs.items()]
+    data, rows = evaluation.read_sets(args), []
+    for label, folder in runs.items():
+        rows.append((label, evaluation.measure(find_checkpoint(folder), data, args)["benchmarks"]))
     print(evaluation.table(rows))
 
 
@@ -691,7 +674,7 @@ def main(argv=None):
     if cfg.stage == "all":
         train_all(cfg, given)
     elif cfg.stage == "rl":
-        train_rl(cfg, "rl", given)
+        train_rl(cfg, given)
     else:
         train_supervised(cfg, cfg.stage, given)
     if joins:  # after an error it could wait for processes that are gone
@@ -712,7 +695,7 @@ def train_all(cfg, given):
     if cfg.method == "atp":
         if dist.is_initialized():
             dist.barrier()  # the checkpoint is there for every process
-        train_rl(resolve({**given, "init": str(out / "vae")}), "rl", given)
+        train_rl(resolve({**given, "init": str(out / "vae")}), given)
         runs["latents, active planning (rl)"] = out / "rl"
     if not dist.is_initialized() or dist.get_rank() == 0:
         report(cfg, runs)

@@ -34,6 +34,7 @@ METHODS = {  # paper, section 4: the baselines are parts switched off
 START, END = "<|start-latent|>", "<|end-latent|>"
 SFT_NOISE, RL_NOISE, RL_ORDER, WEIGHTS = range(4)  # streams of random numbers of a seed
 MAX_LOGITS = {"cpu": 2**23, "cuda": 2**28}  # logits that lie in memory at once
+STEP = "step-" + 7 * "[0-9]"  # names of checkpoints in a run's folder
 MAX_DECODED = {"cpu": 2**9, "cuda": 2**11}  # steps that are put into words at once
 
 
@@ -378,9 +379,9 @@ class LatentReasoner(nn.Module):
     def think(self, h, cache, steps=None, max_steps=None, eps=None, uniform=None):
         """The chain of latents, one position at a time, from h (B, d) at <|start-latent|>. Returns a Plan.
 
-        steps (B,), of maximum max_steps: of each row (training). Else the stop head decides; without one it
-        is max_steps or K. eps (B, K, c, d): noise of the latents, None: z = mu. uniform (B, K): samples the
-        stops, None: stop where p(stop) > 1/2."""
+        steps (B,): how many each row makes, at most max_steps (training). None: the stop head decides, up to
+        max_steps or K; without one all make as many. eps (B, K, c, d): noise of the latents, None: z = mu.
+        uniform (B, K): samples the stops, None: stop where p(stop) > 1/2."""
         config, dtype = self.config, self.policy.embed_tokens.weight.dtype
         decides, limit = steps is None and config.stop, config.max_steps if max_steps is None else max_steps
         drawn, stop_logits = [], []  # of each position (z, mu, logvar), of each step (B, 2)
@@ -463,7 +464,7 @@ class LatentReasoner(nn.Module):
     def rollout(self, questions, group=1, noise=None, max_tokens=16, temperature=1.0, latent_temperature=1.0):
         """Answer each question (list of ids) `group` times; it is read once. noise: a Noise of Q x group
         rows, None: greedy (z = mu, stop where p(stop) > 1/2, argmax; paper, section 4). temperature: of
-        answer tokens, 0: argmax. latent_temperature: times sigma."""
+        answer tokens, 0: greedy stops and tokens. latent_temperature: times sigma."""
         config = self.config
         steps, start = (config.max_steps, [config.start_id]) if config.latent else (0, [])
         prefix, noise = (moved(x, self.device) for x in (Padded.of([q + start for q in questions]), noise))
@@ -471,7 +472,8 @@ class LatentReasoner(nn.Module):
         cache = KVCache(steps * config.thoughts_per_step + config.latent + max_tokens, group)
         h = self.policy.hidden(prefix.ids, cache=cache, valid=prefix.valid, places=prefix.places)
         h = last(h, prefix.valid).repeat_interleave(group, dim=0)
-        plan = self.think(h, cache, max_steps=steps, eps=eps, uniform=noise and noise.stop)
+        uniform = noise.stop if noise and temperature else None
+        plan = self.think(h, cache, max_steps=steps, eps=eps, uniform=uniform)
         if config.latent:
             end = torch.full((len(h), 1), config.end_id, device=h.device)
             h = self.policy.hidden(end, cache=cache)[:, 0]
@@ -546,7 +548,7 @@ class LatentReasoner(nn.Module):
 def checkpoints(path):
     """The newest checkpoint, by its step, of each run in `path`: a checkpoint, a run or a folder of runs."""
     path = Path(path)
-    found = [*path.glob("train.json"), *path.glob("step-*/train.json"), *path.glob("*/step-*/train.json")]
+    found = [file for folder in ("", f"{STEP}/", f"*/{STEP}/") for file in path.glob(f"{folder}train.json")]
     if not found:
         raise FileNotFoundError(f"{path}: no checkpoint there (make one with `python train.py`, or name one)")
     runs = {file.resolve().parents[1]: file.parent for file in sorted(found)}  # of a run the last one stays

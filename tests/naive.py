@@ -90,7 +90,7 @@ def rollout(model, question, noise=None, row=0, max_tokens=16, temperature=1.0, 
                 z = h
             if j == 0 and cfg.stop:
                 logp = model.stop_head(z).log_softmax(0)
-                stopping = float(logp[1].exp()) > (0.5 if noise is None else float(noise.stop[row, k]))
+                stopping = float(logp[1].exp()) > (0.5 if noise is None or temperature < 1e-3 else float(noise.stop[row, k]))
                 stop_logp.append(float(logp[int(stopping)]))
                 if stopping:
                     break

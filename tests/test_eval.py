@@ -114,7 +114,7 @@ def test_samples_of_a_question_are_its_own(method):
 
 
 def fake_run(folder, seed):
-    ckpt = folder / "step-000001"
+    ckpt = folder / "step-0000001"
     ckpt.mkdir(parents=True)
     state = {"config": {"method": "atp", "seed": seed}, "step": 1}
     (ckpt / "train.json").write_text(json.dumps(state))

@@ -436,12 +436,12 @@ def test_update_leaves_out_groups_of_equal_rewards(grad):
 @pytest.mark.parametrize("micro_batch", (4, 12, 16))
 def test_update_adds_the_divergence_of_all_groups(grad, parts, micro_batch):
     """Of those too whose rewards are equal, over micro-batches. By score it has the distributions of sampled
-    latents; by path that of stops and tokens alone."""
+    latents; by path, stops and tokens after latents of its own, which a change of the latent head moves."""
     model, rollout = make(group=4, **parts)
     advantage = torch.randn(16)
     advantage[4:8] = 0
     log_probs, recorder = LogProbs(model, latent_grad=grad), Recorder(model)
-    reference = LogProbs(naive.tiny(seed=4, **parts)).requires_grad_(False)
+    reference = LogProbs(naive.tiny(seed=4, **parts), latent_grad=grad).requires_grad_(False)
     run = rl_run(micro_batch=micro_batch, kl_coef=0.3, rl_clip=0.0)
     stats = update(run, log_probs, reference, recorder, rollout, advantage, 1, [])
     new = log_probs(rollout)
@@ -449,6 +449,10 @@ def test_update_adds_the_divergence_of_all_groups(grad, parts, micro_batch):
     (objective(new, new.detached(), rollout, advantage, 16)[0] + 0.3 * kl).backward()
     assert math.isclose(stats["kl"], kl.item(), rel_tol=1e-4)
     [got], want = recorder.steps, gradients(model)
+    if grad == "path":
+        other = LogProbs(copy.deepcopy(model), latent_grad=grad)
+        other.model.latent_head.mu.weight.data *= 2
+        assert divergence(log_probs(rollout), other(rollout), rollout).max() > 1e-3
     assert got.keys() == want.keys()
     for name, g in want.items():
         scale = float(g.abs().max())

@@ -18,7 +18,7 @@ from eval import evaluate as figures_of
 from eval import main as evaluate
 from faults import ROOT, differences, finish, metrics, start
 from safetensors.torch import load_file, save_file
-from train import (FIELDS, Config, Run, batch_indices, build, check, curriculum, make_optimizer, parse,
+from train import (FIELDS, Config, Run, batch_indices, build, curriculum, make_optimizer, parse,
                    read_data, report, resolve)
 from train import main as train
 from vae import END, START, LatentReasoner, find_checkpoint
@@ -391,7 +391,6 @@ def test_help_lists_every_setting(llama, capsys):
                 value = getattr(cfg, f.name)
                 assert text == str(value) or (not text and value == f.default and cfg is not cases[0])
         assert line[ends[2]:].strip()  # a note
-    check(Config())
 
 
 @pytest.mark.parametrize("everything", (False, True))
@@ -628,10 +627,71 @@ def test_metrics_that_cannot_be_written_are_one_line(tmp_path, broken, capsys):
     assert e.value.code in (1, 2) and "No s" in err and err.count("\n") == 1
 
 
+def test_resume_refuses_what_would_break_it(tmp_path, vae, data):
+    """A state of AdamW that is cut, of other sizes or with other names, and a train.json without what resuming
+    needs, are one line that names the file. The log of the run stands."""
+    shutil.copytree(vae / "vae", tmp_path / "vae")
+    ckpt, resume = find_checkpoint(tmp_path / "vae"), ["--stage", "vae", "--resume", "--out_dir", str(tmp_path)]
+    file, log = ckpt / "optimizer.safetensors", (tmp_path / "vae" / "metrics.jsonl").read_bytes()
+    state, raw = load_file(file), file.read_bytes()
+    name, model = "exp_avg.policy.embed_tokens.weight", LatentReasoner.from_pretrained(ckpt)
+    changes = [{name: state[name][:9]}, {name: state[name].long()}, {"exp_avg.bogus": torch.ones(2)}, {name: None}]
+    for change in changes:
+        save_file({k: v for k, v in {**state, **change}.items() if v is not None}, file)
+        with pytest.raises(ValueError, match="optimizer.safetensors.*exp_avg"):
+            make_optimizer(model, Config(), 0.0, ckpt)
+    file.write_bytes(raw[:-9])
+    with pytest.raises(ValueError, match="optimizer.safetensors: not a readable"):
+        make_optimizer(model, Config(), 0.0, ckpt)
+    file.write_bytes(raw)
+    whole = json.loads((ckpt / "train.json").read_text())
+    for change in ({"logged": None}, {"logged": -1}, {"best": []}, {"step": -1}, {"skipped": "x"}):
+        (ckpt / "train.json").write_text(json.dumps({**whole, **change}))
+        with pytest.raises(ValueError, match="train.json: broken or of an earlier version"):
+            train(resume)
+    assert (tmp_path / "vae" / "metrics.jsonl").read_bytes() == log
+
+
+def test_a_log_that_is_removed_costs_no_checkpoint(tmp_path, data, monkeypatch):
+    real, file = module.collate, tmp_path / "vae" / "metrics.jsonl"
+    monkeypatch.setattr(module, "collate", lambda *args: file.unlink(missing_ok=True) or real(*args))
+    train(command(tmp_path, data, "--max_iters", "2", "--log_every", "5"))
+    assert find_checkpoint(tmp_path / "vae").name == "step-0000002"
+
+
+def test_as_many_rows_as_fit(tmp_path, data, vae, monkeypatch):
+    """--micro_batch 0 on a GPU, here a CPU that says that it is one: a process's share of the batch, of fewer
+    examples too, and half as often as it has no room."""
+    cfg = resolve(parse(command(tmp_path, data, "--micro_batch", "0")))
+    run, tried = Run(cfg, "vae"), []
+    run.gpu, (run.model, _) = True, build(cfg, run)
+    _, run.tokenizer = build(cfg, run)
+    examples = read_data(run, "train")
+
+    def limited(batch):
+        tried.append(len(batch.steps))
+        if len(batch.steps) > limit:
+            raise torch.OutOfMemoryError
+        return {"answer": run.model.policy.norm.weight.sum()}
+
+    monkeypatch.setattr(run.model, "forward", limited)
+    for limit, count, rows in ((8, 40, [8]), (3, 40, [8, 4, 2]), (8, 3, [8]), (0, 40, [8, 4, 2, 1])):
+        run.train = examples[:count]
+        tried.clear()
+        if limit:
+            module.fit_micro_batch(run, 1)
+            assert run.micro_batch == rows[-1]
+        else:
+            with pytest.raises(ValueError, match="not even one example fits"):
+                module.fit_micro_batch(run, 1)
+        assert tried == rows
+
+
 def test_optimizer_state_is_loaded_to_the_parameters_device(tmp_path):
     """All of it: on a GPU fused AdamW wants its count of steps there too."""
     model = torch.nn.ParameterDict({"p": torch.nn.Parameter(torch.empty(2, 2, device="meta"))})
-    save_file({"step.p": torch.tensor(1.0), "exp_avg.p": torch.ones(2, 2)}, tmp_path / "optimizer.safetensors")
+    state = {"step.p": torch.tensor(1.0), "exp_avg.p": torch.ones(2, 2), "exp_avg_sq.p": torch.ones(2, 2)}
+    save_file(state, tmp_path / "optimizer.safetensors")
     optimizer = make_optimizer(model, Config(), 0.0, tmp_path)
     state = optimizer.state[model["p"]]
     assert {v.device.type for v in state.values()} == {"meta"} and state["step"].dim() == 0

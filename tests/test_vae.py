@@ -64,7 +64,8 @@ def test_rollout_rows_stop_at_different_steps(temperature, latent_temperature):
     model = naive.tiny(K=4, seed=3)
     out = compare(model, [e.question for e in naive.examples(8)], 4, draw(model, 32), 6, temperature,
                   latent_temperature)
-    assert set(out.plan.steps.tolist()) >= {0, 1, 2, 4}, "the case is worth something only if rows differ"
+    if temperature:  # 0: the stops are greedy too
+        assert set(out.plan.steps.tolist()) >= {0, 1, 2, 4}, "the case is worth something only if rows differ"
 
 
 @pytest.mark.parametrize("method", ("atp", "nocot"))
