@@ -9,7 +9,7 @@ import torch.nn as nn
 
 from data import extract_answer, is_correct, numbers_equal, parse_number, parse_step, well_formed
 from model import KVCache, first
-from vae import (RL_NOISE, Noise, gaussian_kl, gaussian_logp, generator, last, masked_mean, precise,
+from vae import (RL_NOISE, Noise, gaussian_kl, gaussian_logp, generator, masked_mean, precise,
                  stop_places, stop_terms)
 
 
@@ -28,8 +28,8 @@ def coherence(steps, answer):
 
 
 def score(model, rollout, examples, tokenizer, w_acc=1.0, w_fmt=0.5, w_coh=0.1):
-    """The reward and its parts, float tensors (B,) on the CPU. Row b answers examples[b // group]. Only
-    plans of right answers are decoded; all with w_acc 0, where no label is used."""
+    """The reward and its parts, float tensors (B,) on the CPU. Row b answers examples[b // group]. Only plans
+    of right answers are decoded; all with w_acc 0, where no label is used."""
     texts, ended = model.texts(rollout.tokens, rollout.lengths, tokenizer)
     correct = [is_correct(text, examples[b // rollout.group]) for b, text in enumerate(texts)]
     form = [end and well_formed(text) for text, end in zip(texts, ended)]
@@ -85,24 +85,22 @@ class LogProbs(nn.Module):
             model.latent_head.requires_grad_(False)  # fixed latents without a density
 
     def forward(self, rollout):
-        policy, config, plan, prefix = self.model.policy, self.model.config, rollout.plan, rollout.prefix
-        (B, N, c, _), A = plan.z.shape, rollout.tokens.shape[1]
+        policy, config, plan = self.model.policy, self.model.config, rollout.plan
+        (N, c), A = plan.z.shape[1:3], rollout.tokens.shape[1]
         used, written = first(plan.steps, N), first(rollout.lengths, A)
         cache = KVCache(N * c + A, rollout.group)
-        h0 = policy.hidden(prefix.ids, cache=cache, valid=prefix.valid, places=prefix.places)
-        h0 = last(h0, prefix.valid).repeat_interleave(rollout.group, dim=0)  # (B, d)
+        h = self.model.read(rollout.prefix, cache)  # (B, d)
         skip = 0 if config.latent else 1  # the prefix gives the first token
         text = nn.functional.pad(rollout.tokens[:, :-1], (1, 0), value=config.end_id)[:, skip:]
         latent = stop = mu = logvar = None
-        if config.latent and self.path:
-            # the cache keeps the latents
-            stop = self.model.think(h0, cache, plan.steps, N, rollout.eps).stop_logits
+        if config.latent and self.path:  # the cache keeps the latents
+            stop = self.model.think(h, cache, N, plan.steps, rollout.eps).stop_logits
             h = policy.hidden(text, cache=cache, valid=written)
         else:
             text = policy.embed_tokens(text)
             inputs = torch.cat((plan.z.flatten(1, 2).to(text.dtype), text), dim=1)
             valid = torch.cat((used.repeat_interleave(c, dim=1), written[:, skip:]), dim=1)
-            h = h0[:, None]  # and the state after each input
+            h = h[:, None]  # and the state after each input
             if inputs.shape[1]:
                 h = torch.cat((h, policy.hidden(embeds=inputs, cache=cache, valid=valid)), dim=1)
             if config.vae:
@@ -110,9 +108,7 @@ class LogProbs(nn.Module):
                 logp = gaussian_logp(plan.z, mu, logvar + 2 * np.log(self.latent_temperature))
                 latent = logp * used[..., None]
             if config.stop:
-                seen = nn.functional.pad(plan.z[:, :, 0], (0, 0, 0, 1))  # (B, N + 1, d)
-                seen[torch.arange(B, device=seen.device), plan.steps] = plan.stop_z
-                stop = precise(self.model.stop_head(seen.to(text.dtype)))
+                stop = precise(self.model.stop_head(plan.stop_z.to(text.dtype)))
         if stop is not None:
             stop = stop_terms(stop, plan.steps, plan.stopped)
         logits = precise(policy.logits(h[:, -A:])[..., :config.vocab_size]) / self.temperature
@@ -131,8 +127,7 @@ def divergence(new, reference, rollout):
         parts.append(masked_mean(kl, first(steps, N)[..., None].expand_as(kl)))
     choices = [(new.token, reference.token, first(rollout.lengths, new.token.shape[1]))]
     if new.stop is not None:
-        taken = first(steps, N + 1) | stop_places(steps, rollout.plan.stopped, N + 1)
-        choices.append((new.stop, reference.stop, taken))
+        choices.append((new.stop, reference.stop, first(steps + rollout.plan.stopped, N + 1)))
     for p, q, mask in choices:
         log_ratio = q - p
         most = log_ratio.clamp(max=10)  # beyond, its tangent: the pull grows no more
@@ -144,7 +139,7 @@ def objective(new, old, rollout, advantage, total, clip=0.2, latent_coef=1.0, la
     """PPO-clipped loss, a share of the mean over `total` rollouts, and statistics. new, old: Terms of the
     weights now and before the update. In each rollout latents and stop (times latent_coef) and tokens are
     averaged apart. latent_mean: densities are means over d."""
-    (_, N, c, d), steps = rollout.plan.z.shape, rollout.plan.steps
+    (N, c, d), steps, stopped = rollout.plan.z.shape[1:], rollout.plan.steps, rollout.plan.stopped
     diffs, masks = [], []
     if new.latent is not None:
         density = (new.latent - old.latent) / (d if latent_mean else 1)  # (B, N, c)
@@ -153,9 +148,9 @@ def objective(new, old, rollout, advantage, total, clip=0.2, latent_coef=1.0, la
         diffs.append(density.flatten(1))
         masks.append(first(steps, N).repeat_interleave(c, dim=1))
     if new.stop is not None:
-        ends = stop_places(steps, rollout.plan.stopped, N + 1)
+        own = first(steps + stopped, N + 1) if new.latent is None else stop_places(steps, stopped, N + 1)
         diffs.append(new.stop - old.stop)
-        masks.append(ends if new.latent is not None else ends | first(steps, N + 1))
+        masks.append(own)
     sides = {"token": (new.token - old.token, first(rollout.lengths, new.token.shape[1]), 1.0)}
     if diffs:
         sides["latent"] = torch.cat(diffs, dim=1), torch.cat(masks, dim=1), latent_coef

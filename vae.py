@@ -103,11 +103,6 @@ def masked_mean(x, mask):
     return (x * mask).flatten(1).sum(dim=1) / mask.flatten(1).sum(dim=1).clamp(min=1)
 
 
-def last(h, valid):
-    """h (B, T, d) at the last valid position of each right-padded row: (B, d)."""
-    return h[torch.arange(len(h), device=h.device), valid.sum(dim=1) - 1]
-
-
 class Padded(NamedTuple):
     """Right-padded rows of token ids."""
 
@@ -118,8 +113,8 @@ class Padded(NamedTuple):
     @classmethod
     def of(cls, rows):
         width = max([1, *map(len, rows)])
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.long).view(-1, width)
-        return cls.masked(ids, first(torch.tensor([len(row) for row in rows], dtype=torch.long), width))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows]).view(-1, width)
+        return cls.masked(ids, first(torch.tensor([*map(len, rows)]), width))
 
     @classmethod
     def masked(cls, ids, valid):
@@ -155,8 +150,8 @@ class Batch(NamedTuple):
     """A micro-batch. Losses are shares of the global batch's mean, so that they and their gradients add up.
     All places are found on the CPU: a GPU is never asked for them."""
 
-    prefix: Padded              # (B, S) question and <|start-latent|>; without latents: question and text
-    text: Padded                # (B, T) <|end-latent|>, remaining steps, answer; without latents: prefix
+    prefix: Padded              # (B, S) question and <|start-latent|>; without latents: text
+    text: Padded                # (B, T) <|end-latent|>, or the question, then remaining steps and answer
     answer_at: torch.Tensor     # (A,) places in the flat (B * T) where a token is asked for
     answer: torch.Tensor        # (A,) that token
     answer_share: float         # 1 / tokens asked for in the global batch
@@ -167,7 +162,7 @@ class Batch(NamedTuple):
     decode: Padded              # (P, U) text of the latent steps, with <eos>
     decode_z: torch.Tensor      # (P,) places of those steps in the flat (B * N)
     decode_share: torch.Tensor  # of each valid place of `decode`: share / steps of the row
-    noise: torch.Tensor | None  # (B, N or N + 1, c, d) of the latents
+    noise: torch.Tensor | None  # (B, n, c, d) of the latents, n at least N + 1 or K
 
 
 def remaining_text(example, config, stage):
@@ -186,31 +181,27 @@ def decoded_text(example, config, k):
 
 
 def collate(examples, config, stage, noise=None, total_examples=None, total_tokens=None):
-    """A Batch of data.Encoded at a curriculum stage (0: all text). noise: (B, n, c, d), n at least N + 1 or
-    K. total_*: of the global batch, by default this one."""
+    """A Batch of data.Encoded at a curriculum stage (0: all text). total_*: of the global batch, by default
+    this one."""
     steps = [config.latent_steps(e, stage) for e in examples]
     rest = [remaining_text(e, config, stage) for e in examples]
-    N, skip = max(steps), [0] * len(examples)
-    if N:
-        prefix = Padded.of([e.question + [config.start_id] for e in examples])
-        text = Padded.of([[config.end_id] + r[:-1] for r in rest])
-    else:  # the last token of the question predicts the first of the text
-        text = prefix = Padded.of([e.question + r[:-1] for e, r in zip(examples, rest)])
-        skip = [len(e.question) - 1 for e in examples]
-    answer = sum(rest, [])
-    answer_at = [b * text.ids.shape[1] + skip[b] + i for b, r in enumerate(rest) for i in range(len(r))]
+    N, answer, share = max(steps), sum(rest, []), 1 / (total_examples or len(examples))
+    rows = [([config.end_id] if N else e.question) + r[:-1] for e, r in zip(examples, rest)]
+    text = Padded.of(rows)
+    prefix = Padded.of([e.question + [config.start_id] for e in examples]) if N else text
+    # the last tokens of a row predict the text, the first of them what follows the latents or the question
+    answer_at = [b * text.ids.shape[1] + i for b, (row, r) in enumerate(zip(rows, rest))
+                 for i in range(len(row) - len(r), len(row))]
     # a stop is asked for after the last step, if the plan has room for another
     stops = [n == len(e.steps) and n < config.max_steps for n, e in zip(steps, examples)]
     decodes = [(b, k) for b, n in enumerate(steps) for k in range(n) if config.decode]
     words = [decoded_text(examples[b], config, k) for b, k in decodes]
-    share = 1 / (total_examples or len(examples))
     # a step's loss is summed over its tokens; mean over the example's steps
     decode_share = [share / steps[b] for (b, _), w in zip(decodes, words) for _ in w]
-    places = lambda ids: torch.tensor(ids, dtype=torch.long)
-    return Batch(prefix, text, places(answer_at), places(answer), 1 / (total_tokens or len(answer)), share,
-                 places(steps), N, torch.tensor(stops), Padded.of(words),
-                 places([b * N + k for b, k in decodes]), torch.tensor(decode_share),
-                 None if noise is None else noise[:, :N + 1])
+    return Batch(prefix, text, torch.tensor(answer_at), torch.tensor(answer),
+                 1 / (total_tokens or len(answer)), share, torch.tensor(steps), N, torch.tensor(stops),
+                 Padded.of(words), torch.tensor([b * N + k for b, k in decodes]), torch.tensor(decode_share),
+                 noise)
 
 
 # --- rollouts ---
@@ -238,8 +229,8 @@ class Plan(NamedTuple):
     logvar: torch.Tensor | None       # (B, N, c, d), None where z is not sampled
     steps: torch.Tensor               # (B,)
     stopped: torch.Tensor             # (B,) bool: chose to stop. False: ran into the limit
-    stop_logits: torch.Tensor | None  # (B, N + 1, 2) at the first latent of each step and of the next
-    stop_z: torch.Tensor | None       # (B, d) the dropped latent at which the row stopped
+    stop_z: torch.Tensor | None       # (B, N + 1, d) the first latent of each step and of the next
+    stop_logits: torch.Tensor | None  # (B, N + 1, 2) of the stop head, which looks at these
 
 
 class Rollout(NamedTuple):
@@ -370,73 +361,60 @@ class LatentReasoner(nn.Module):
         mu, logvar = self.latent_head(h)
         return mu, logvar if self.config.vae else None
 
-    def draw(self, h, eps):
-        """z, mu, logvar (B, d) of the latent after hidden state h. eps (B, d), or None for z = mu."""
-        mu, logvar = self.latent(h)
-        z = mu if logvar is None or eps is None else mu + torch.exp(0.5 * logvar) * eps
-        return z, mu, logvar
+    def read(self, prefix, cache, embeds=None):
+        """The last hidden state (B, d) of each question of a Padded, repeated for its group."""
+        h = self.policy.hidden(prefix.ids, embeds, cache, prefix.valid, prefix.places)
+        h = h[torch.arange(len(h), device=h.device), prefix.valid.sum(dim=1) - 1]
+        return h.repeat_interleave(cache.group, dim=0)
 
-    def think(self, h, cache, steps=None, max_steps=None, eps=None, uniform=None):
-        """The chain of latents, one position at a time, from h (B, d) at <|start-latent|>. Returns a Plan.
+    def think(self, h, cache, limit, steps=None, eps=None, uniform=None):
+        """A chain of latents, one position at a time, from h (B, d) at <|start-latent|>: a Plan.
 
-        steps (B,): how many each row makes, at most max_steps (training). None: the stop head decides, up to
-        max_steps or K; without one all make as many. eps (B, K, c, d): noise of the latents, None: z = mu.
-        uniform (B, K): samples the stops, None: stop where p(stop) > 1/2."""
-        config, dtype = self.config, self.policy.embed_tokens.weight.dtype
-        decides, limit = steps is None and config.stop, config.max_steps if max_steps is None else max_steps
-        drawn, stop_logits = [], []  # of each position (z, mu, logvar), of each step (B, 2)
+        steps (B,): how many each row makes, at most `limit` (training). None: the stop head decides; without
+        one all make `limit`. eps (B, K, c, d): noise of the latents, None: z = mu. uniform (B, K): samples
+        the stops, None: stop where p(stop) > 1/2."""
+        config, c, dtype = self.config, self.config.thoughts_per_step, self.policy.embed_tokens.weight.dtype
+        decides, drawn, seen = steps is None and config.stop, [], []  # z, mu, logvar; stop_z, stop_logits
         alive = torch.ones(len(h), dtype=torch.bool, device=h.device)
         taken, stopped = torch.zeros_like(alive, dtype=torch.long), torch.zeros_like(alive)
-        stop_z = torch.zeros_like(precise(h)) if config.stop else None
         # where the stop head is trained, it also looks at the first latent after the last step
-        for k in range(limit + (config.stop and limit < config.max_steps)):
-            latent = self.draw(h, None if eps is None else eps[:, k, 0])
-            if config.stop:
-                stop_logits.append(precise(self.stop_head(latent[0].to(dtype))))
-            if decides:
-                p = stop_logits[-1].softmax(dim=-1)[:, 1]
-                stop = alive & (p > (0.5 if uniform is None else uniform[:, k]))
-                stopped, stop_z = stopped | stop, torch.where(stop[:, None], precise(latent[0]), stop_z)
-                alive = alive & ~stop
-            elif steps is not None:
-                alive = k < steps
-            if k == limit or (decides and not alive.any()):
-                break
-            taken = taken + alive
-            for j in range(config.thoughts_per_step):
-                latent = latent if j == 0 else self.draw(h, None if eps is None else eps[:, k, j])
-                drawn.append(latent)
-                z = latent[0].to(dtype)[:, None]
-                h = self.policy.hidden(embeds=z, cache=cache, valid=alive[:, None])[:, 0]
-        if stop_logits and len(stop_logits) * config.thoughts_per_step == len(drawn):
-            stop_logits.append(torch.zeros_like(stop_logits[0]))  # nothing was decided there
-        return Plan(*self.stacked(drawn, h), taken, stopped,
-                    torch.stack(stop_logits, dim=1) if stop_logits else None, stop_z)
-
-    def stacked(self, drawn, h):
-        """z, mu, logvar (B, N, c, d) of what was drawn at each position, (B, d) each."""
-        c = self.config.thoughts_per_step
-        if not drawn:
-            none = precise(h).new_zeros(len(h), 0, c, h.shape[1])
-            return none, none, none if self.config.vae else None
-        stack = lambda rows: torch.stack(rows, dim=1).unflatten(1, (-1, c))
-        return [None if rows[0] is None else stack(rows) for rows in zip(*drawn)]
+        for i in range(limit * c + (config.stop and limit < config.max_steps)):
+            (k, j), (mu, logvar) = divmod(i, c), self.latent(h)
+            z = mu if logvar is None or eps is None else mu + torch.exp(0.5 * logvar) * eps[:, k, j]
+            if j == 0:
+                if config.stop:
+                    seen.append((z, precise(self.stop_head(z.to(dtype)))))
+                if decides:
+                    p = seen[-1][1].softmax(dim=-1)[:, 1]
+                    stop = alive & (p > (0.5 if uniform is None else uniform[:, k]))
+                    stopped, alive = stopped | stop, alive & ~stop
+                elif steps is not None:
+                    alive = k < steps
+                if k == limit or (decides and not alive.any()):
+                    break
+                taken = taken + alive
+            drawn.append((z, mu, logvar))
+            h = self.policy.hidden(embeds=z.to(dtype)[:, None], cache=cache, valid=alive[:, None])[:, 0]
+        else:  # at the limit nothing is decided
+            seen += [[torch.zeros_like(x) for x in pair] for pair in seen[:1]]
+        none = h.new_zeros(len(h), 0, h.shape[1])  # a plan may have no step
+        stack = lambda i: torch.cat([none, *(x[i][:, None] for x in drawn)], dim=1).unflatten(1, (-1, c))
+        return Plan(stack(0), stack(1), stack(2) if config.vae else None, taken, stopped,
+                    *(torch.stack(x, dim=1) for x in zip(*seen)) if config.stop else (None, None))
 
     def forward(self, batch):
         """Loss parts of a Batch (paper, section 3.2): answer, decode, stop, kl. Gradients flow through the
         whole chain of latents."""
-        losses, policy, N = {}, self.policy, batch.max_steps
+        losses, policy, prefix, N = {}, self.policy, batch.prefix, batch.max_steps
         if N == 0:
-            h = policy.hidden(batch.prefix.ids, places=batch.prefix.places)
+            h = policy.hidden(prefix.ids, places=prefix.places)
         else:
-            widths, valid = (batch.prefix.ids.shape[1], batch.text.ids.shape[1]), batch.prefix.valid
+            widths = prefix.ids.shape[1], batch.text.ids.shape[1]
             cache = KVCache(N * self.config.thoughts_per_step + widths[1])
             # one look-up, since the gradient of each is as large as the table
-            embeds = policy.embed_tokens(torch.cat((batch.prefix.ids, batch.text.ids), dim=1))
-            prefix, text = embeds.split(widths, dim=1)
-            h = policy.hidden(embeds=prefix, cache=cache, valid=valid, places=batch.prefix.places)
-            plan = self.think(last(h, valid), cache, batch.steps, N, batch.noise)
-            h = policy.hidden(embeds=text, cache=cache, valid=batch.text.valid)
+            embeds = policy.embed_tokens(torch.cat((prefix.ids, batch.text.ids), dim=1)).split(widths, dim=1)
+            plan = self.think(self.read(prefix, cache, embeds[0]), cache, N, batch.steps, batch.noise)
+            h = policy.hidden(embeds=embeds[1], cache=cache, valid=batch.text.valid)
             if self.config.stop:
                 stops = stop_places(batch.steps, batch.stops, N + 1)
                 ce = F.cross_entropy(plan.stop_logits.transpose(1, 2), stops.long(), reduction="none")
@@ -470,10 +448,9 @@ class LatentReasoner(nn.Module):
         prefix, noise = (moved(x, self.device) for x in (Padded.of([q + start for q in questions]), noise))
         eps = noise and noise.latent * latent_temperature
         cache = KVCache(steps * config.thoughts_per_step + config.latent + max_tokens, group)
-        h = self.policy.hidden(prefix.ids, cache=cache, valid=prefix.valid, places=prefix.places)
-        h = last(h, prefix.valid).repeat_interleave(group, dim=0)
+        h = self.read(prefix, cache)
         uniform = noise.stop if noise and temperature else None
-        plan = self.think(h, cache, max_steps=steps, eps=eps, uniform=uniform)
+        plan = self.think(h, cache, steps, eps=eps, uniform=uniform)
         if config.latent:
             end = torch.full((len(h), 1), config.end_id, device=h.device)
             h = self.policy.hidden(end, cache=cache)[:, 0]
@@ -489,13 +466,12 @@ class LatentReasoner(nn.Module):
         list for each row."""
         # a step of the built-in task has 8 tokens, and may stand for more steps elsewhere
         max_tokens = max_tokens or min(64, self.decoder.config.max_position_embeddings // 16)
-        steps = steps.tolist()
+        steps, words, size = steps.tolist(), [], MAX_DECODED[z.device.type]
         used = [b * z.shape[1] + k for b, n in enumerate(steps) for k in range(n)]
-        z, words = z.flatten(0, 1)[torch.tensor(used, dtype=torch.long, device=z.device)], []
-        z = z.to(self.decoder.embed_tokens.weight.dtype)
-        for part in z.split(MAX_DECODED[z.device.type]) if used else ():
+        z = z.flatten(0, 1).to(self.decoder.embed_tokens.weight.dtype)
+        for i in range(0, len(used), size):
             cache = KVCache(max_tokens)
-            h = self.decoder.hidden(embeds=part, cache=cache)[:, -1]
+            h = self.decoder.hidden(embeds=z[used[i:i + size]], cache=cache)[:, -1]
             texts = generate(self.decoder, h, cache, self.config.vocab_size, self.ends, max_tokens)
             words += [text.strip() for text in self.texts(*texts, tokenizer)[0]]
         words = iter(words)
@@ -514,9 +490,8 @@ class LatentReasoner(nn.Module):
 
     def save_pretrained(self, path):
         path = Path(path)
-        self.policy.save_pretrained(path)
-        if self.decoder is not None:
-            self.decoder.save_pretrained(path / "decoder")
+        for llama, folder in zip(self.llamas(), (path, path / "decoder")):
+            llama.save_pretrained(folder)
         if self.heads():
             save_tensors(self.heads(), path / "heads.safetensors")
         write_json(path / "latent.json", asdict(self.config))
@@ -524,18 +499,17 @@ class LatentReasoner(nn.Module):
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu", decode=True):
         """What save_pretrained wrote; decode=False leaves the decoder out. Errors name the file."""
-        path = Path(path)
-        raw, decoder = read_json(path / "latent.json"), None
-        policy = LLaMA.from_pretrained(path, dtype, device)
+        path, decoder = Path(path), None
+        raw, policy = read_json(path / "latent.json"), LLaMA.from_pretrained(path, dtype, device)
         try:
             config = LatentConfig(**raw)
             config.decode &= decode
             if config.decode:
                 decoder = LLaMA.from_pretrained(path / "decoder", dtype, device)
-            tables = [(c.vocab_size, c.hidden_size) for c in (m.config for m in (policy, decoder) if m)]
-            if config.vocab_size > tables[0][0] or tables[0] != tables[-1]:
-                raise ValueError(f"vocab_size {config.vocab_size} does not go with embeddings {tables}")
             model = cls(policy, config, decoder).to(device, dtype)
+            tables = {(c.vocab_size, c.hidden_size) for c in (llama.config for llama in model.llamas())}
+            if len(tables) > 1 or config.vocab_size > policy.config.vocab_size:
+                raise ValueError(f"vocab_size {config.vocab_size} does not go with embeddings {tables}")
         except (ValueError, TypeError) as e:
             raise ValueError(f"{path / 'latent.json'}: {one_line(e)}") from None
         if model.heads():
@@ -562,13 +536,9 @@ def find_checkpoint(path):
 
 def read_state(ckpt):
     """train.json of a checkpoint: its configuration and step."""
-    state = read_json(Path(ckpt) / "train.json")
-    try:
-        config = state["config"]
-        if type(state["step"]) is type(config["seed"]) is int and config["method"] in METHODS:
+    match state := read_json(Path(ckpt) / "train.json"):
+        case {"step": int(), "config": {"seed": int(), "method": str(method)}} if method in METHODS:
             return state
-    except (TypeError, KeyError):
-        pass
     raise ValueError(f"{ckpt}/train.json: 'step', or 'config' with its 'seed' and 'method', is missing")
 
 
@@ -576,4 +546,4 @@ def check_vocabulary(tokenizer, policy, path):
     """ValueError where ids of the tokenizer have no row in the weights."""
     if tokenizer.vocab_size > policy.config.vocab_size:
         raise ValueError(f"{path}: its tokenizer has {tokenizer.vocab_size} ids, its weights have rows for "
-                         f"{policy.config.vocab_size}: they do not belong together")
+                         f"{policy.config.vocab_size} only")
