@@ -36,7 +36,7 @@ TERM = re.compile(rf"(?:^|(?!^)(?://|[-+*/x×÷])) ?(?:[-+]? ?\( ?)*([-+]?) ?\$?
 
 
 def parse_number(text):
-    """The Decimal that `text` is ("1,000", "$72", "72%", "-3.5", ".5", "72."), else None."""
+    """The Decimal that `text` is ("1,000", "$72", "72%", ".5", "72."), else None."""
     text = text.strip()
     match = NUMBER.fullmatch(text) if len(text) <= MAX_NUMBER else None
     return Decimal(re.sub("[$,]", "", match[1])) if match else None
@@ -70,8 +70,8 @@ def is_correct(text, example):
 
 def well_formed(text):
     """Whether `text` is "### <number>" and nothing else."""
-    marker, _, number = text.strip().partition(" ")
-    return marker == "###" and number == number.lstrip() and parse_number(number) is not None
+    match = re.fullmatch(r"\s*### (\S+)\s*", text)
+    return match is not None and parse_number(match[1]) is not None
 
 
 def parse_step(text):
@@ -109,36 +109,31 @@ _json = functools.partial(json.loads, parse_float=Decimal)
 
 def load(name, split, data_dir="data"):
     """The examples of one split ("train", "valid", "test") of a dataset, or of a user's file: "test" is all
-    of it, "valid" the last 5 % (1 to HELD_OUT items), "train" the rest."""
+    of it, "valid" the last 5 % (1 to HELD_OUT), "train" the rest."""
+    files = DATASETS.get(name, {"train": [name], "test": [name]})
     if name in BUILTIN:
-        data_dir, files = ASSETS, {s: [f"{name}_{s}.txt.gz"] for s in BUILTIN[name]}
-    else:
-        files = DATASETS.get(name, {"train": [name], "test": [name]})
-    is_own = name not in BUILTIN and name not in DATASETS
+        files = {s: [ASSETS / f"{name}_{s}.txt.gz"] for s in BUILTIN[name]}
     source = "train" if split == "valid" and "valid" not in files else split
     if source not in files:
         raise ValueError(f"{name} has no split '{split}'")
-    path = Path("" if is_own else data_dir, files[source][0])
+    path = Path(data_dir if name in DATASETS else "", files[source][0])
     if not path.is_file():
         raise FileNotFoundError(f"no dataset and no file '{path}'; run `python data.py {name} --data_dir "
                                 f"{data_dir}` for a dataset: {', '.join(DATASETS)}")
     examples = read_file(path, skip_bad=name == "gsm8k_aug" and split == "train")
     if split == "test" or "valid" in files:
         return examples
-    held_out = max(1, min(HELD_OUT, len(examples) // 20)) if is_own else HELD_OUT
+    held_out = HELD_OUT if name in DATASETS else max(1, min(HELD_OUT, len(examples) // 20))
     return examples[-held_out:] if split == "valid" else examples[:-held_out]
 
 
 def read_file(path, skip_bad=False):
-    """The examples of a JSON array or of lines, packed if built in. ValueError "file:line: what is wrong" at
-    a bad item."""
+    """The examples of a JSON array or of lines, packed if built in. Errors are "file:line: what is wrong"."""
     path, examples = Path(path), []
-    name = path.name.removesuffix(".gz")
-    content = path.read_bytes()
+    content, name = path.read_bytes(), path.name.removesuffix(".gz")
     try:
         content = gzip.decompress(content) if path.resolve().parent == ASSETS.resolve() else content
-        text = content.decode("utf-8-sig", "surrogateescape")  # `parse` refuses what is no UTF-8
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
+        text = re.sub("\r\n?", "\n", content.decode("utf-8-sig", "surrogateescape"))
         items = _json(text) if text.lstrip().startswith("[") else text.split("\n")
     except Exception as error:
         raise ValueError(f"{path}: broken ({error})") from None
@@ -161,8 +156,7 @@ def parse(item):
     if isinstance(item, str) and item.lstrip().startswith("{"):
         item = _json(item)
     elif isinstance(item, str):
-        question, _, answer = item.rpartition("||")
-        item = {"question": question, "answer": answer}
+        item = dict(zip(("question", "", "answer"), item.rpartition("||")))
     keys = next((form for form in FORMS if isinstance(item, dict) and item.keys() >= set(form)), None)
     if keys is None:
         raise ValueError(f"neither 'question||<<..>> #### answer' nor an object with keys as {FORMS}")
@@ -180,7 +174,7 @@ def parse(item):
     if isinstance(solution, list):
         solution = " ".join(solution)  # Coconut's files cut "<<5 * 3=15>>" at its blanks
     steps = re.findall(r"<<[^<>\n]*>>", solution)
-    "".join([question, *steps]).encode()  # a lone surrogate is a ValueError
+    "".join([question, *steps]).encode()  # ValueError: a lone surrogate, as of bytes that are no UTF-8
     return question, tuple(steps), answer
 
 
@@ -200,13 +194,10 @@ CHAR_TO_BYTE = {ord(c): b for b, c in BYTE_TO_CHAR.items()}
 
 
 class Tokenizer:
-    """Byte-level BPE by tiktoken, whose ranks are the ids of a tokenizer.json.
-
-    special: {name: id}; vocab_size: highest id + 1; bos_id, eos_id: int or None.
-    """
+    """Byte-level BPE by tiktoken, whose ranks are the ids of `file`, the content of a tokenizer.json.
+    special: {name: id}; vocab_size: highest id + 1; bos_id, eos_id: int or None."""
 
     def __init__(self, file):
-        """file: the content of a tokenizer.json."""
         self.file, vocab, merges = file, file["model"]["vocab"], file["model"]["merges"]
         self.special = {token["content"]: token["id"] for token in file["added_tokens"]}
         ids = sorted((vocab | self.special).values())
@@ -231,13 +222,11 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, directory):
-        """Read tokenizer.json. eos is tokenizer_config.json's, else the first of config.json, else one of
-        EOS_NAMES."""
+        """eos is tokenizer_config.json's, else the first of config.json, else one of EOS_NAMES."""
         path = Path(directory, "tokenizer.json")
-        if not path.is_file():
-            raise FileNotFoundError(f"{directory} has no tokenizer.json (a model's folder on a hub has one)")
+        content = path.read_bytes()  # where it is missing, that is the error
         try:
-            self = cls(json.loads(path.read_bytes()))
+            self = cls(json.loads(content))
             path = path.with_name("tokenizer_config.json")
             stated = json.loads(path.read_bytes()) if path.is_file() else {}
             for key in ("bos_token", "eos_token"):
@@ -255,7 +244,7 @@ class Tokenizer:
         return self
 
     def save_pretrained(self, directory):
-        """Write tokenizer.json and tokenizer_config.json, which transformers reads as well."""
+        """Write tokenizer.json and tokenizer_config.json, for transformers as well."""
         names = {id: name for name, id in self.special.items()}
         stated = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": names.get(self.bos_id),
                   "eos_token": names.get(self.eos_id)}
@@ -264,26 +253,26 @@ class Tokenizer:
         Path(directory, "tokenizer_config.json").write_text(json.dumps(stated))
 
     def encode_ordinary(self, text):
-        """Text -> ids, never a special token's: data must not be able to inject one."""
+        """Text -> ids, never a special token's: data cannot inject one."""
         try:
             return [id for id in self._bpe.encode_ordinary(text) if id < MAX_ID]
-        except BaseException as error:  # a panic of Rust's at a bad pattern is no Exception
-            if isinstance(error, (Exception, KeyboardInterrupt)):
-                raise
+        except (Exception, KeyboardInterrupt):
+            raise
+        except BaseException:  # a panic of Rust's at a bad pattern
             raise ValueError(f"the tokenizer's pattern fails on {text!r:.40}") from None
 
     def decode(self, ids):
-        """Ids -> text; U+FFFD stands for broken UTF-8 and for ids that no token has."""
+        """Ids -> text, with U+FFFD for broken UTF-8 and unknown ids."""
         return b"".join(self._bytes.get(int(id), b"\xff") for id in ids).decode(errors="replace")
 
     def end_id(self):
-        """eos_id. Raises ValueError where there is none."""
+        """eos_id, or a ValueError."""
         if self.eos_id is None:
-            raise ValueError("the tokenizer has no end token; name an eos_token in tokenizer_config.json")
+            raise ValueError("the tokenizer has no end token: tokenizer_config.json needs an eos_token")
         return self.eos_id
 
     def add_special(self, *names):
-        """The ids of these special tokens; unknown ones are appended at the end of the id space."""
+        """The ids of these special tokens; unknown ones are appended."""
         flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
         for name in names:
             if name not in self.special:
@@ -312,8 +301,8 @@ def _pattern(pre):
 
 @dataclass
 class Encoded:
-    """Ids, with bos (if any) and eos. Each part is tokenized alone: the border between latents and text is
-    then the same at every stage of the curriculum."""
+    """Ids, with bos (if any) and eos. Each part is tokenized alone, so that no stage of the curriculum moves
+    the border between latents and text."""
     question: list[int]
     steps: list[list[int]]
     answer: list[int]
@@ -334,12 +323,9 @@ def encode_example(example, tokenizer):
 
 def encode_all(examples, tokenizer, max_len):
     """Encode those of at most max_len ids, start and end of latents included -> (encoded, number skipped)."""
-    kept = []
-    for example in examples:
-        if len(example.question) + sum(map(len, example.steps)) < MAX_TEXT:
-            item = encode_example(example, tokenizer)
-            if len(item) + len(item.answer) + 2 <= max_len:
-                kept.append(item)
+    short = [e for e in examples if len(e.question) + sum(map(len, e.steps)) < MAX_TEXT]
+    encoded = (encode_example(e, tokenizer) for e in short)
+    kept = [item for item in encoded if len(item) + len(item.answer) + 2 <= max_len]
     return kept, len(examples) - len(kept)
 
 
@@ -349,8 +335,7 @@ TIMEOUT = 30  # seconds without a byte
 
 
 def download(file, digest, address, data_dir, source_dir=None):
-    """Put a file into data_dir, from source_dir where that has it, and return its path. A right file is left
-    alone. ValueError for a wrong one, ConnectionError when the network fails."""
+    """Put a file into data_dir, from source_dir where that has it, unless it is there. Returns its path."""
     path, part = Path(data_dir, file), Path(data_dir, file + ".part")
     if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == digest:
         return path
@@ -376,7 +361,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def cli(main):
-    """Run main(). An error is one line, its exit status 2 if the user can mend it, 130 for Ctrl-C, else 1."""
+    """Run main(). An error is one line, its exit status 2 if the user can mend it, else 1; 130: Ctrl-C."""
     try:
         sys.exit(main())
     except (ValueError, OSError, FloatingPointError) as error:
@@ -394,10 +379,9 @@ def main(argv=None):
     parser.add_argument("--from", dest="source_dir", metavar="DIR", help="copy the files that DIR has")
     parser.add_argument("--data_dir", default="data", help="where the files go (default: data)")
     args = parser.parse_args(argv)
-    for name, files in DATASETS.items():
-        for source in files.values():
-            if name in args.names or "all" in args.names:
-                print(f"{download(*source, args.data_dir, args.source_dir)}: ok")
+    for name in DATASETS if "all" in args.names else args.names:
+        for source in DATASETS[name].values():
+            print(f"{download(*source, args.data_dir, args.source_dir)}: ok")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,7 @@
     prefix   (Q, KV, S, D)      the question, right-padded, computed once, shared by a group of G rows
     tail     (Q, KV, G, N, D)   what came since; row b of the batch is (b // G, b % G)
 
-The tail has all its N columns from the start, and a mask says which count: every latent is the same
-computation on the same shapes.
+The tail has N columns from the start, and a mask says which count: all latents are alike in their shapes.
 """
 
 import json
@@ -48,7 +47,7 @@ class LLaMAConfig:
 
     @classmethod
     def from_dict(cls, raw):
-        """From a config.json of transformers 4 or 5. ValueError: what this code cannot run."""
+        """From a config.json of transformers 4 or 5."""
         raw = {"rms_norm_eps": 1e-6, **{key: values[0] for key, values in SUPPORTED.items()}, **raw}
         # transformers 5 has rope_parameters, older files have rope_theta and rope_scaling
         rope = {**(raw.get("rope_scaling") or raw.get("rope_parameters") or {})}
@@ -60,17 +59,17 @@ class LLaMAConfig:
         raw["num_key_value_heads"] = raw.get("num_key_value_heads") or raw["num_attention_heads"]
         raw["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
         config = cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
-        for f in (f for f in fields(cls) if f.type in (int, float)):
-            value = getattr(config, f.name)
-            if type(value) not in (int, f.type) or not 0 < value <= (2**24 if f.type is int else 1e38):
-                raise ValueError(f"{f.name} must be a positive {f.type.__name__}, not {value!r}")
-            setattr(config, f.name, f.type(value))
+        for name, kind in ((f.name, f.type) for f in fields(cls) if f.type in (int, float)):
+            value = getattr(config, name)
+            if type(value) not in (int, kind) or not 0 < value <= (2**24 if kind is int else 1e38):
+                raise ValueError(f"{name} must be a positive {kind.__name__}, not {value!r}")
+            setattr(config, name, kind(value))
         if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
             raise ValueError("num_attention_heads must be a multiple of num_key_value_heads, head_dim even")
         if config.rope_scaling and not 0 < rope["low_freq_factor"] < rope["high_freq_factor"] < math.inf:
             raise ValueError("rope_scaling needs 0 < low_freq_factor < high_freq_factor")
-        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else []
-        if not all(type(i) is int and abs(i) < 2**31 for i in ends):
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        if config.eos_token_id is not None and not all(type(i) is int and abs(i) < 2**31 for i in ends):
             raise ValueError(f"eos_token_id must be integers, not {ends}")
         return config
 
@@ -90,7 +89,7 @@ def rope_frequencies(config):
 
 
 def first(counts, width):
-    """Bool mask (B, width) of the first counts (B,) places of each row."""
+    """Bool mask (B, width) of the first `counts` (B,) of each row."""
     return torch.arange(width, device=counts.device) < counts[:, None]
 
 
@@ -116,8 +115,7 @@ class KVCache:
 
     def __init__(self, size, group=1):
         self.size, self.group = size, group
-        self.weights = None  # of each layer: Block.weights, cast once and not at every position
-        self.prefix = None   # of each layer: k, v (Q, KV, S, D)
+        self.prefix = self.weights = None  # of each layer: k, v (Q, KV, S, D); its matrices, cast once
 
     def start(self, kv, valid):
         """Keep kv of the first pass, which count where `valid` (Q, S) is set."""
@@ -131,15 +129,14 @@ class KVCache:
 
     def extend(self, valid, dtype):
         """T new columns, which count where `valid` (B, T) is set. Returns positions (B, T) and of each layer
-        what attend takes: k, v of prefix and tail, columns of the tail (T,), bias (Q, 1, G, 1, T, S + N)."""
+        what attend takes: prefix and tail, columns of the tail (T,), bias (Q, 1, G, 1, T, S + N)."""
         columns = torch.arange(self.counts.shape[1], device=valid.device)
         start, self.filled = self.filled, self.filled + valid.shape[1]
         new = columns[start:self.filled]
         self.counts = self.counts.index_copy(1, new, valid)
         positions = (self.counts.cumsum(dim=1)[:, start:self.filled] - 1).clamp(min=0)
         visible = self.counts[:, None] & (columns <= new[:, None])  # (B, T, S + N)
-        bias = torch.where(visible, 0.0, -math.inf).to(dtype)
-        bias = bias.unflatten(0, (-1, self.group))[:, None, :, None]
+        bias = torch.where(visible, 0.0, -math.inf).to(dtype).unflatten(0, (-1, self.group))[:, None, :, None]
         new = new - (len(columns) - self.size)
         return positions, [(*kv, *tail, new, bias) for kv, tail in zip(self.prefix, self.tail)]
 
@@ -174,10 +171,6 @@ class Block(nn.Module):
         self.self_attn = nn.ModuleDict({"qkv_proj": linear(d, (H + 2 * KV) * D), "o_proj": linear(H * D, d)})
         self.post_attention_layernorm = nn.RMSNorm(d, config.rms_norm_eps)
         self.mlp = nn.ModuleDict({"gate_up_proj": linear(d, 2 * width), "down_proj": linear(width, d)})
-
-    def weights(self, dtype):
-        """qkv_proj, o_proj, gate_up_proj, down_proj in the dtype of the products."""
-        return [p.to(dtype) for p in self.parameters() if p.dim() > 1]
 
     def forward(self, x, rope, weights, past=None, places=None, shape=None):
         """x (B, T, d) -> x, (k, v). Without `past` (of KVCache.extend) a causal pass with k, v (B, KV, T, D),
@@ -242,21 +235,20 @@ class LLaMA(nn.Module):
 
     def hidden(self, tokens=None, embeds=None, cache=None, valid=None, places=None):
         """Last hidden states (B, T, d) of token ids (B, T) or embeddings (B, T, d). A cache's first pass is
-        causal. `valid` (B, T) is unset at its right-padding, later at columns that do not count. `places`
-        (M,) of the flat (B * T) are no padding: the first pass works on these alone."""
-        if embeds is None:
-            embeds = self.embed_tokens(tokens)
-        (B, T), run, kv = embeds.shape[:2], self.run_block, []
+        causal. `valid` (B, T) is unset at its right-padding, later at columns that do not count. The first
+        pass works on `places` (M,) of the flat (B * T) alone, which are no padding."""
+        embeds = self.embed_tokens(tokens) if embeds is None else embeds
+        (B, T), run, kv, cache = embeds.shape[:2], self.run_block, [], cache or KVCache(0)
         x = embeds if places is None else gather(embeds, places)
         x = x.clone(memory_format=torch.contiguous_format)  # compiled code would depend on a view's base
-        if valid is None:
-            valid = torch.ones(B, T, dtype=torch.bool, device=x.device)
-        cache = KVCache(0) if cache is None else cache
+        valid = torch.ones(B, T, dtype=torch.bool, device=x.device) if valid is None else valid
         starts = cache.prefix is None
         if starts:
-            positions = torch.arange(T, device=x.device)[None] if places is None else (places % T)[None]
+            positions = (torch.arange(T, device=x.device) if places is None else places % T)[None]
             past = [None] * len(self.layers)
-            cache.weights = [layer.weights(product_dtype(x)) for layer in self.layers]
+            dtype = product_dtype(x)
+            cache.weights = [[p.to(dtype) for p in layer.parameters() if p.dim() > 1]
+                             for layer in self.layers]
         else:
             positions, past = cache.extend(valid, x.dtype)
         self.inv_freq = self.inv_freq.to(x.device)
@@ -277,7 +269,7 @@ class LLaMA(nn.Module):
     @torch.no_grad()
     def add_tokens(self, ids=(), like=None):
         """Rows `ids`, old or new, become copies of row `like` or of the mean row. In memory, rows of zeros
-        follow up to a multiple of 64: GPU kernels are slow on an odd vocabulary."""
+        follow up to a multiple of 64: GPUs are slow on an odd vocabulary."""
         known = self.config.vocab_size
         size = self.config.vocab_size = max([known, *(i + 1 for i in ids)])
         for module in self.tables():
@@ -302,14 +294,14 @@ class LLaMA(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
-        """Read config.json and model.safetensors or its shards; ValueError names the file at fault. The peak
-        of memory is the model in `dtype` and a part of a tensor."""
+        """Read config.json and model.safetensors or its shards. Memory holds the model in `dtype` and a part
+        of a tensor."""
         raw, found = read_json(f"{path}/config.json"), tensor_files(Path(path))
         try:
             config = LLaMAConfig.from_dict(raw)
             with torch.device("meta"):
                 model = cls(config)
-        except (ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as e:
+        except Exception as e:
             raise ValueError(f"{path}/config.json: {one_line(e)}") from None
         if config.tie_word_embeddings:
             found.pop("lm_head.weight", None)  # a copy of the embedding in some files
@@ -352,7 +344,7 @@ def write_json(file, value):
 
 
 def save_tensors(tensors, file):
-    """Write {name: tensor}. OSError where the disk is full."""
+    """Write {name: tensor}; a full disk is an OSError."""
     try:
         save_file({n: t.detach().contiguous() for n, t in tensors.items()}, file, metadata={"format": "pt"})
     except SafetensorError as e:
@@ -384,7 +376,7 @@ def tensor_headers(file):
 
 
 def check_tensors(found, wanted, path):
-    """ValueError unless tensor_headers found just what is wanted, {name: tensor}, in plain floats."""
+    """Unless tensor_headers found just what is wanted, {name: tensor}, in plain floats: ValueError."""
     for name in sorted({n for n in found if "rotary_emb" not in n} ^ wanted.keys()):  # in old files
         raise ValueError(f"{path}: tensor {one_line(name)} is missing or does not belong there")
     for name, p in wanted.items():

@@ -10,14 +10,14 @@ import torch.nn as nn
 from data import extract_answer, is_correct, numbers_equal, parse_number, parse_step, well_formed
 from model import KVCache, first
 from vae import (RL_NOISE, Noise, gaussian_kl, gaussian_logp, generator, masked_mean, precise,
-                 stop_places, stop_terms)
+                 stop_places)
 
 
 # --- rewards ---
 
 def coherence(steps, answer):
-    """Share of coherent steps of a plan (decoded texts) with an answer (text or None); 0 without steps.
-    A step is coherent if a later one uses its result; the last, if its result is the answer."""
+    """Share of coherent steps of a plan (decoded texts) with an answer (text or None), or 0. A step is
+    coherent if a later one uses its result; the last, if its result is the answer."""
     parsed = [parse_step(text) for text in steps]
     operands = [step[0] if step else [] for step in parsed]
     answer, coherent = parse_number(answer or ""), 0
@@ -46,7 +46,7 @@ def score(model, rollout, examples, tokenizer, w_acc=1.0, w_fmt=0.5, w_coh=0.1):
 
 
 def advantages(reward, group, std=True):
-    """(r - mean) / (std + 1e-4) in each group of consecutive rows; std=False: r - mean. (B,) -> (B,)."""
+    """(r - mean) / (std + 1e-4) in each group of rows; std=False: r - mean. (B,) -> (B,)."""
     r = reward.view(-1, group)
     a = r - r.mean(1, keepdim=True)
     if std:
@@ -73,9 +73,9 @@ class Terms(NamedTuple):
 class LogProbs(nn.Module):
     """forward(Rollout): its Terms under the current weights. A module, so that DDP can wrap it.
 
-    latent_grad score, the paper's: latents are actions, held fixed, with densities (but for the latent at
-    which a row stopped). path, ours: they are drawn again from the same noise, with gradients through them
-    into stops and tokens. Up to the means over a rollout it is unbiased if these alone make the reward."""
+    latent_grad score, the paper's: latents are actions, held fixed, with densities (but for the one at which
+    a row stopped). path, ours: they are drawn again from the same noise, with gradients through them into
+    stops and tokens."""
 
     def __init__(self, model, temperature=1.0, latent_grad="score", latent_temperature=1.0):
         super().__init__()
@@ -110,7 +110,8 @@ class LogProbs(nn.Module):
             if config.stop:
                 stop = precise(self.model.stop_head(plan.stop_z.to(text.dtype)))
         if stop is not None:
-            stop = stop_terms(stop, plan.steps, plan.stopped)
+            go, halt = stop.log_softmax(dim=-1).unbind(dim=-1)
+            stop = go * first(plan.steps, N + 1) + halt * stop_places(plan.steps, plan.stopped, N + 1)
         logits = precise(policy.logits(h[:, -A:])[..., :config.vocab_size]) / self.temperature
         token = logits.log_softmax(dim=-1).gather(-1, rollout.tokens[..., None]).squeeze(-1)
         return Terms(latent, stop, token * written, mu, logvar)
@@ -137,23 +138,20 @@ def divergence(new, reference, rollout):
 
 def objective(new, old, rollout, advantage, total, clip=0.2, latent_coef=1.0, latent_mean=False):
     """PPO-clipped loss, a share of the mean over `total` rollouts, and statistics. new, old: Terms of the
-    weights now and before the update. In each rollout latents and stop (times latent_coef) and tokens are
-    averaged apart. latent_mean: densities are means over d."""
+    weights now and before the update. In each rollout latents and stop, and tokens, are averaged apart."""
     (N, c, d), steps, stopped = rollout.plan.z.shape[1:], rollout.plan.steps, rollout.plan.stopped
-    diffs, masks = [], []
+    pairs = []  # of the latents' side: (difference of log-probabilities, mask)
     if new.latent is not None:
         density = (new.latent - old.latent) / (d if latent_mean else 1)  # (B, N, c)
         if new.stop is not None:  # log p(continue) belongs to the first latent of its step
             density[..., 0] += (new.stop - old.stop)[:, :N]
-        diffs.append(density.flatten(1))
-        masks.append(first(steps, N).repeat_interleave(c, dim=1))
+        pairs.append((density.flatten(1), first(steps, N).repeat_interleave(c, dim=1)))
     if new.stop is not None:
         own = first(steps + stopped, N + 1) if new.latent is None else stop_places(steps, stopped, N + 1)
-        diffs.append(new.stop - old.stop)
-        masks.append(own)
+        pairs.append((new.stop - old.stop, own))
     sides = {"token": (new.token - old.token, first(rollout.lengths, new.token.shape[1]), 1.0)}
-    if diffs:
-        sides["latent"] = torch.cat(diffs, dim=1), torch.cat(masks, dim=1), latent_coef
+    if pairs:
+        sides["latent"] = *(torch.cat(x, dim=1) for x in zip(*pairs)), latent_coef
     loss, stats, a = 0, {}, advantage[:, None]
     for name, (diff, mask, coef) in sides.items():
         ratio = diff.clamp(-3, 3).exp()
@@ -168,7 +166,7 @@ def objective(new, old, rollout, advantage, total, clip=0.2, latent_coef=1.0, la
 
 def rl_step(run, ddp, reference, optimizer, examples, tokenizer, step):
     """Rollouts of a global batch (each process its questions), rewards, optimizer steps. Returns statistics.
-    No step where no group's rewards differ: the KL may be rounding, of which AdamW makes a full step."""
+    No step where no group's rewards differ: AdamW would make a full one of the KL's rounding."""
     cfg, model, Q, G = run.cfg, getattr(ddp, "module", ddp).model, len(examples), run.cfg.group
     own, d = slice(run.rank, None, run.world), model.policy.config.hidden_size
     noise = Noise.draw(Q * G, model.config, d, cfg.max_answer, generator(cfg.seed, RL_NOISE, step))
@@ -183,8 +181,11 @@ def rl_step(run, ddp, reference, optimizer, examples, tokenizer, step):
         result = score(model, rollout, [e.example for e in mine], tokenizer, cfg.w_acc, cfg.w_fmt, cfg.w_coh)
     scored = time.time()
     advantage = advantages(result["reward"], G, cfg.std_norm)
-    plan = rollout.plan
-    result |= dict(latents=plan.steps * cfg.thoughts_per_step, advantage=advantage.abs())
+    steps, logvar = rollout.plan.steps, rollout.plan.logvar
+    result |= dict(latents=steps * cfg.thoughts_per_step, advantage=advantage.abs())
+    if logvar is not None:
+        sigma = (logvar * 0.5).exp().mean(dim=(2, 3))  # (B, N)
+        result["sigma"] = masked_mean(sigma, first(steps, sigma.shape[1]))
     stats = run.mean({k: v.sum() * run.world / (Q * G) for k, v in result.items()})
     stats["coherence"] /= max(stats.pop("decoded"), 1 / (Q * G))  # of the plans that were decoded
     if stats["advantage"] > 0:
@@ -196,15 +197,15 @@ def rl_step(run, ddp, reference, optimizer, examples, tokenizer, step):
 
 def update(run, ddp, reference, optimizer, rollout, advantage, step, ids):
     """Optimizer steps over rollouts with advantages (B,), on the CPU. Returns statistics. Each step takes as
-    many rollouts of every question, for any number of processes. A micro-batch is some of the questions."""
+    many rollouts of every question, each micro-batch those of some."""
     cfg, G, log_probs = run.cfg, rollout.group, getattr(ddp, "module", ddp)
     members = cfg.minibatch // cfg.questions_per_step  # of each group in a step
+    advantage, batches = advantage.view(-1, G), []  # a batch: its micro-batches
     # equal rewards teach only the KL; DDP needs a question
-    groups = advantage.view(-1, G).tolist()
-    active = [q for q, group in enumerate(groups) if reference is not None or any(group)] or [0]
+    active = [q for q, a in enumerate(advantage.tolist()) if reference is not None or any(a)] or [0]
     most = max(cfg.micro_batch or cfg.minibatch, members)
     parts = [part.tolist() for part in np.array_split(active, -(-len(active) * members // most))]
-    advantage, batches = advantage.view(-1, G).to(run.device), []  # a batch: its micro-batches
+    advantage = advantage.to(run.device)
     for g in range(0, G, members):
         cuts = [rollout.part(part, range(g, g + members)) for part in parts]
         gains = [advantage[part, g:g + members].flatten() for part in parts]

@@ -359,7 +359,7 @@ def read_data(run, split):
     usable = [e for e in fits if e.steps or not imitates]
     shown = usable[:cfg.annotated or None] if imitates else usable
     if not usable:
-        raise ValueError(f"--data {data}: no example of split {split} is left: too long, without steps or held out")
+        raise ValueError(f"--data {data}: no example of {split} is left: too long, without steps or held out")
     if long or len(shown) < len(fits):
         run.say(f"of {data} {split} left out {long} examples longer than {context} tokens, "
                 f"{len(fits) - len(usable)} without steps, {len(usable) - len(shown)} beyond --annotated")

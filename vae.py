@@ -4,9 +4,8 @@
                                 step1 step2 step3
 
 The policy is the encoder: from the hidden state before it, each latent is drawn from N(mu, sigma^2) and fed
-back as the next input embedding. The decoder, a second LLaMA, reads the latents of one step and writes that
-step in words. The stop head looks at the first latent of a step. One loop, `think`, serves training, with
-gradients through the whole chain, and rollouts.
+back as the next input embedding. The decoder, a second LLaMA, puts the latents of one step into words. The
+stop head looks at the first latent of a step. One loop, `think`, serves training and rollouts.
 """
 
 import copy
@@ -57,10 +56,9 @@ class LatentConfig:
         for name, kind in self.__annotations__.items():
             if type(getattr(self, name)) is not kind:
                 raise ValueError(f"{name} must be of type {kind.__name__}")
-        if self.method not in METHODS or min(self.thoughts_per_step, self.max_steps) < 1:
-            raise ValueError("it has no known method, or thoughts_per_step or max_steps below 1")
-        if not all(0 <= i < self.vocab_size for i in (self.start_id, self.end_id, self.eos_id)):
-            raise ValueError("a token id is outside the vocabulary")
+        known = all(0 <= i < self.vocab_size for i in (self.start_id, self.end_id, self.eos_id))
+        if not known or self.method not in METHODS or min(self.thoughts_per_step, self.max_steps) < 1:
+            raise ValueError("its method, thoughts_per_step, max_steps or one of its ids is out of range")
         if self.vae > self.head or max(self.head, self.stop, self.decode) > self.latent:
             raise ValueError(f"--vae, --stop or --decode yes does not go with --method {self.method}")
 
@@ -84,7 +82,7 @@ class LatentHead(nn.Module):
 
 
 def precise(x):
-    """At least fp32: what is exponentiated or summed must not stay bf16."""
+    """In at least fp32: what is exponentiated or summed must not stay bf16."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -99,7 +97,7 @@ def gaussian_kl(mu, logvar):
 
 
 def masked_mean(x, mask):
-    """Mean (B,) of x (B, ...) where the mask is set; 0 where it is nowhere."""
+    """Mean (B,) of x (B, ...) where the mask is set, or 0."""
     return (x * mask).flatten(1).sum(dim=1) / mask.flatten(1).sum(dim=1).clamp(min=1)
 
 
@@ -123,7 +121,7 @@ class Padded(NamedTuple):
 
 
 def generator(*ids):
-    """Random numbers, on the CPU, that depend on the numbers given and on nothing else."""
+    """Random numbers, on the CPU, that depend on these numbers alone."""
     seed = np.random.SeedSequence(ids).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed >> 1))
 
@@ -140,15 +138,15 @@ def moved(record, device):
     """A NamedTuple with its tensors on `device`. A copy from pinned memory does not make the CPU wait."""
     if isinstance(record, tuple):
         return record._make(moved(v, device) for v in record)
-    stays = device.type == "cpu" or not torch.is_tensor(record)
-    return record if stays else record.pin_memory().to(device, non_blocking=True)
+    moves = device.type != "cpu" and torch.is_tensor(record)
+    return record.pin_memory().to(device, non_blocking=True) if moves else record
 
 
 # --- batches of the supervised stage ---
 
 class Batch(NamedTuple):
     """A micro-batch. Losses are shares of the global batch's mean, so that they and their gradients add up.
-    All places are found on the CPU: a GPU is never asked for them."""
+    Places are found on the CPU: a GPU is never asked for them."""
 
     prefix: Padded              # (B, S) question and <|start-latent|>; without latents: text
     text: Padded                # (B, T) <|end-latent|>, or the question, then remaining steps and answer
@@ -166,16 +164,16 @@ class Batch(NamedTuple):
 
 
 def remaining_text(example, config, stage):
-    """Ids after the latents: the steps that are still text, and the answer. At the last stage the last latent
-    step stands for all the rest."""
+    """Ids after the latents: the answer, and before it what steps are still text. At the last stage the last
+    latent step stands for all the rest."""
     done = config.method == "nocot" or (config.latent and stage >= config.max_steps)
     steps = [] if done else example.steps[config.latent_steps(example, stage):]
     return sum(steps, []) + example.answer
 
 
 def decoded_text(example, config, k):
-    """Ids that latent step k must decode to: of the last allowed step all the rest, of an idle step (beyond
-    those of the example) the answer, as in SIM-CoT's code."""
+    """Ids that latent step k must decode to: of the last allowed step all the rest, of an idle one (beyond
+    the example's) the answer, as in SIM-CoT's code."""
     steps = example.steps[k:] if k == config.max_steps - 1 else example.steps[k:k + 1]
     return sum(steps, []) + [config.eos_id] if steps else example.answer
 
@@ -207,8 +205,7 @@ def collate(examples, config, stage, noise=None, total_examples=None, total_toke
 # --- rollouts ---
 
 class Noise(NamedTuple):
-    """All randomness of rollouts, drawn on the CPU for the global batch and cut by rows: no sample depends on
-    how the batch is split."""
+    """All randomness of rollouts, drawn for the global batch and cut by rows: no split changes a sample."""
 
     latent: torch.Tensor  # (B, K, c, d) standard normal
     stop: torch.Tensor    # (B, K) uniform
@@ -228,7 +225,7 @@ class Plan(NamedTuple):
     mu: torch.Tensor                  # (B, N, c, d)
     logvar: torch.Tensor | None       # (B, N, c, d), None where z is not sampled
     steps: torch.Tensor               # (B,)
-    stopped: torch.Tensor             # (B,) bool: chose to stop. False: ran into the limit
+    stopped: torch.Tensor             # (B,) bool: chosen, not by the limit
     stop_z: torch.Tensor | None       # (B, N + 1, d) the first latent of each step and of the next
     stop_logits: torch.Tensor | None  # (B, N + 1, 2) of the stop head, which looks at these
 
@@ -250,33 +247,6 @@ class Rollout(NamedTuple):
         cut = lambda values: [None if v is None else v[rows] for v in values]
         prefix = Padded.masked(self.prefix.ids[questions], self.prefix.valid[questions])
         return Rollout(prefix, len(members), Plan(*cut(self.plan)), *cut(self[3:]))
-
-
-def sample(logits, uniform=None, temperature=1.0):
-    """Ids (B,) of logits (B, V): the likeliest, or by inverse transform of uniform (B,)."""
-    if uniform is None or not temperature:
-        return logits.argmax(dim=-1)
-    cdf = (precise(logits) / temperature).softmax(dim=-1).cumsum(dim=-1)
-    token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)
-    return token.clamp(max=logits.shape[1] - 1).squeeze(1)
-
-
-def generate(model, h, cache, vocab_size, ends, max_tokens, uniform=None, temperature=1.0):
-    """Continue each row from its last hidden state h (B, d) to one of the ids `ends` or max_tokens, sampling
-    with uniform (B, max_tokens). Returns tokens (B, A) and lengths (B,), the end counted."""
-    weight, ends = model.output_weight().to(product_dtype(h)), torch.tensor(ends, device=h.device)
-    alive = torch.ones(len(h), dtype=torch.bool, device=h.device)
-    tokens, lengths = [], torch.zeros(len(h), dtype=torch.long, device=h.device)
-    for i in range(max_tokens):
-        logits = F.linear(h, weight)[:, :vocab_size]
-        token = sample(logits, None if uniform is None else uniform[:, i], temperature)
-        tokens.append(token * alive)
-        lengths = lengths + alive
-        alive = alive & (token[:, None] != ends).all(dim=1)
-        if i + 1 == max_tokens or not alive.any():
-            break
-        h = model.hidden(token[:, None], cache=cache, valid=alive[:, None])[:, 0]
-    return torch.stack(tokens, dim=1), lengths
 
 
 def text_loss(model, h, targets, weights):
@@ -301,14 +271,8 @@ def text_loss(model, h, targets, weights):
 
 
 def stop_places(steps, stopped, width):
-    """Bool mask (B, width) of the step at which each row stops, if it does."""
+    """Bool mask (B, width) of where a row stops, if it does. All its choices: first(steps + stopped, ..)."""
     return (torch.arange(width, device=steps.device) == steps[:, None]) & stopped[:, None]
-
-
-def stop_terms(stop_logits, steps, stopped):
-    """log p of each decision (B, N + 1): to continue at the first `steps`, to stop at the next if chosen."""
-    N, logp = stop_logits.shape[1], F.log_softmax(stop_logits, dim=-1)
-    return logp[..., 0] * first(steps, N) + logp[..., 1] * stop_places(steps, stopped, N)
 
 
 # --- the model ---
@@ -325,7 +289,7 @@ class LatentReasoner(nn.Module):
         self.stop_head = nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.Linear(d, 2)) if config.stop else None
 
     def configure(self, config):
-        """Work by this LatentConfig. ValueError where its plans do not fit the context."""
+        """Work by this LatentConfig, if its plans fit the context."""
         context = self.policy.config.max_position_embeddings
         if config.latent and config.thoughts_per_step * config.max_steps >= context:
             raise ValueError(f"--thoughts_per_step times --max_steps: no room in a context of {context}")
@@ -339,14 +303,13 @@ class LatentReasoner(nn.Module):
     def ends(self):
         """Ids that end a text: <eos> and those of config.json's eos_token_id."""
         ids = self.policy.config.eos_token_id
-        ids = ids if isinstance(ids, list) else [ids]
-        return sorted({self.config.eos_id, *ids} - {None})
+        return sorted({self.config.eos_id, *(ids if isinstance(ids, list) else [ids])} - {None})
 
     def llamas(self):
         return [llama for llama in (self.policy, self.decoder) if llama is not None]
 
     def set_trainable(self, stage):
-        """Only what gets a gradient requires one. stage: the curriculum's, or "rl" (frozen decoder)."""
+        """Only what gets a gradient requires one. stage: the curriculum's, or "rl"."""
         self.requires_grad_(stage != 0)
         self.policy.requires_grad_(True)
         if self.decoder is not None and stage == "rl":
@@ -375,7 +338,7 @@ class LatentReasoner(nn.Module):
         the stops, None: stop where p(stop) > 1/2."""
         config, c, dtype = self.config, self.config.thoughts_per_step, self.policy.embed_tokens.weight.dtype
         decides, drawn, seen = steps is None and config.stop, [], []  # z, mu, logvar; stop_z, stop_logits
-        alive = torch.ones(len(h), dtype=torch.bool, device=h.device)
+        alive = torch.ones_like(h[:, 0], dtype=torch.bool)
         taken, stopped = torch.zeros_like(alive, dtype=torch.long), torch.zeros_like(alive)
         # where the stop head is trained, it also looks at the first latent after the last step
         for i in range(limit * c + (config.stop and limit < config.max_steps)):
@@ -403,8 +366,8 @@ class LatentReasoner(nn.Module):
                     *(torch.stack(x, dim=1) for x in zip(*seen)) if config.stop else (None, None))
 
     def forward(self, batch):
-        """Loss parts of a Batch (paper, section 3.2): answer, decode, stop, kl. Gradients flow through the
-        whole chain of latents."""
+        """Loss parts of a Batch (paper, section 3.2), {answer, stop, kl, decode: share of the global batch's
+        mean}. Gradients flow through the whole chain of latents."""
         losses, policy, prefix, N = {}, self.policy, batch.prefix, batch.max_steps
         if N == 0:
             h = policy.hidden(prefix.ids, places=prefix.places)
@@ -418,7 +381,7 @@ class LatentReasoner(nn.Module):
             if self.config.stop:
                 stops = stop_places(batch.steps, batch.stops, N + 1)
                 ce = F.cross_entropy(plan.stop_logits.transpose(1, 2), stops.long(), reduction="none")
-                losses["stop"] = masked_mean(ce, stops | first(batch.steps, N + 1)).sum() * batch.share
+                losses["stop"] = masked_mean(ce, first(batch.steps + batch.stops, N + 1)).sum() * batch.share
             if plan.logvar is not None:
                 kl = gaussian_kl(plan.mu, plan.logvar).mean(dim=2)
                 losses["kl"] = masked_mean(kl, first(batch.steps, N)).sum() * batch.share
@@ -452,18 +415,37 @@ class LatentReasoner(nn.Module):
         uniform = noise.stop if noise and temperature else None
         plan = self.think(h, cache, steps, eps=eps, uniform=uniform)
         if config.latent:
-            end = torch.full((len(h), 1), config.end_id, device=h.device)
-            h = self.policy.hidden(end, cache=cache)[:, 0]
-        tokens, lengths = generate(self.policy, h, cache, config.vocab_size, self.ends, max_tokens,
-                                   noise and noise.answer, temperature)
-        return Rollout(prefix, group, plan._replace(z=precise(plan.z)), eps, tokens, lengths)
+            h = self.policy.hidden(torch.full_like(plan.steps[:, None], config.end_id), cache=cache)[:, 0]
+        text = self.generate(self.policy, h, cache, max_tokens, noise and noise.answer, temperature)
+        return Rollout(prefix, group, plan._replace(z=precise(plan.z)), eps, *text)
+
+    def generate(self, llama, h, cache, max_tokens, uniform=None, temperature=1.0):
+        """Continue each row from its last hidden state h (B, d) by the likeliest token, or by inverse
+        transform of uniform (B, max_tokens). Returns tokens (B, A) and lengths (B,), the end counted."""
+        weight, vocab = llama.output_weight().to(product_dtype(h)), self.config.vocab_size
+        ends, alive = torch.tensor(self.ends, device=h.device), torch.ones_like(h[:, 0], dtype=torch.bool)
+        tokens, lengths = [], torch.zeros_like(alive, dtype=torch.long)
+        for i in range(max_tokens):
+            logits = F.linear(h, weight)[:, :vocab]
+            if uniform is None or not temperature:
+                token = logits.argmax(dim=-1)
+            else:
+                cdf = (precise(logits) / temperature).softmax(dim=-1).cumsum(dim=-1)
+                token = torch.searchsorted(cdf, uniform[:, i:i + 1] * cdf[:, -1:], right=True)
+                token = token.clamp(max=vocab - 1)[:, 0]
+            tokens.append(token * alive)
+            lengths = lengths + alive
+            alive = alive & (token[:, None] != ends).all(dim=1)
+            if i + 1 == max_tokens or not alive.any():
+                break
+            h = llama.hidden(token[:, None], cache=cache, valid=alive[:, None])[:, 0]
+        return torch.stack(tokens, dim=1), lengths
 
     # --- in words ---
 
     @torch.no_grad()
     def plan_texts(self, z, steps, tokenizer, max_tokens=None):
-        """What each latent step of z (B, N, c, d), of which `steps` (B,) count, says in words (greedy): a
-        list for each row."""
+        """What each of the first `steps` (B,) of z (B, N, c, d) says in words: a list for each row."""
         # a step of the built-in task has 8 tokens, and may stand for more steps elsewhere
         max_tokens = max_tokens or min(64, self.decoder.config.max_position_embeddings // 16)
         steps, words, size = steps.tolist(), [], MAX_DECODED[z.device.type]
@@ -472,15 +454,15 @@ class LatentReasoner(nn.Module):
         for i in range(0, len(used), size):
             cache = KVCache(max_tokens)
             h = self.decoder.hidden(embeds=z[used[i:i + size]], cache=cache)[:, -1]
-            texts = generate(self.decoder, h, cache, self.config.vocab_size, self.ends, max_tokens)
-            words += [text.strip() for text in self.texts(*texts, tokenizer)[0]]
+            texts, _ = self.texts(*self.generate(self.decoder, h, cache, max_tokens), tokenizer)
+            words += [text.strip() for text in texts]
         words = iter(words)
         return [[next(words) for _ in range(n)] for n in steps]
 
     def texts(self, tokens, lengths, tokenizer):
         """The text of each row of tokens (B, A), and whether an end closed it."""
         rows = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())]
-        ended = [bool(row) and row[-1] in self.ends for row in rows]
+        ended = [row[-1] in self.ends for row in rows]
         return [tokenizer.decode(row[:-1] if end else row) for row, end in zip(rows, ended)], ended
 
     # --- checkpoints: a Hugging Face LLaMA, with the decoder and the heads beside it ---
@@ -498,7 +480,7 @@ class LatentReasoner(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu", decode=True):
-        """What save_pretrained wrote; decode=False leaves the decoder out. Errors name the file."""
+        """What save_pretrained wrote; decode=False leaves the decoder out."""
         path, decoder = Path(path), None
         raw, policy = read_json(path / "latent.json"), LLaMA.from_pretrained(path, dtype, device)
         try:
@@ -520,11 +502,11 @@ class LatentReasoner(nn.Module):
 
 
 def checkpoints(path):
-    """The newest checkpoint, by its step, of each run in `path`: a checkpoint, a run or a folder of runs."""
+    """The newest checkpoint, by its step, of each run in `path`: a checkpoint, run or folder of runs."""
     path = Path(path)
     found = [file for folder in ("", f"{STEP}/", f"*/{STEP}/") for file in path.glob(f"{folder}train.json")]
     if not found:
-        raise FileNotFoundError(f"{path}: no checkpoint there (make one with `python train.py`, or name one)")
+        raise FileNotFoundError(f"{path}: no checkpoint there (`python train.py` makes one)")
     runs = {file.resolve().parents[1]: file.parent for file in sorted(found)}  # of a run the last one stays
     return list(runs.values())
 
@@ -535,7 +517,7 @@ def find_checkpoint(path):
 
 
 def read_state(ckpt):
-    """train.json of a checkpoint: its configuration and step."""
+    """train.json of a checkpoint."""
     match state := read_json(Path(ckpt) / "train.json"):
         case {"step": int(), "config": {"seed": int(), "method": str(method)}} if method in METHODS:
             return state
