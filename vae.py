@@ -447,7 +447,7 @@ class LatentReasoner(nn.Module):
     def plan_texts(self, z, steps, tokenizer, max_tokens=None):
         """What each of the first `steps` (B,) of z (B, N, c, d) says in words: a list for each row."""
         # a step of the built-in task has 8 tokens, and may stand for more steps elsewhere
-        max_tokens = max_tokens or min(64, self.decoder.config.max_position_embeddings // 16)
+        max_tokens = max_tokens or max(1, min(64, self.decoder.config.max_position_embeddings // 16))
         steps, words, size = steps.tolist(), [], MAX_DECODED[z.device.type]
         used = [b * z.shape[1] + k for b, n in enumerate(steps) for k in range(n)]
         z = z.flatten(0, 1).to(self.decoder.embed_tokens.weight.dtype)
