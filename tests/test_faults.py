@@ -199,6 +199,8 @@ dist.init_process_group("gloo")
 torch.set_num_threads(1)
 """
 LEAVE = """
+import gc
+gc.collect()  # as main does
 dist.destroy_process_group()
 """
 
