@@ -435,17 +435,20 @@ def begin(cfg, name, given):
             llama.compile_blocks()
     run.train, run.valid = read_data(run, "train"), read_data(run, "valid")[:cfg.eval_size]
     run.dir.mkdir(parents=True, exist_ok=True)
-    with open(run.dir / "metrics.jsonl", "ab") as log, ExitStack() as at_end:
+    with ExitStack() as at_end:
+        lock = os.open(run.dir, os.O_RDONLY)  # the system unlocks however the process ends
+        at_end.callback(os.close, lock)
         if run.main:
             try:
-                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system unlocks however the process ends
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(f"{run.dir}: another run writes there (give another --out_dir)") from None
             # what a kill or an earlier run left there after the point where this run begins
             for leftover in run.dir.glob(".tmp-*"):
                 shutil.rmtree(leftover)
             tidy(run, cfg.keep if ckpt else 0)
-            log.truncate(min(log.tell(), state["logged"]))
+            with open(run.dir / "metrics.jsonl", "ab") as log:
+                log.truncate(min(log.tell(), state["logged"]))
         if cfg.resume:
             run.say(f"resumed at step {state['step']} ({ckpt or 'no checkpoint'})")
         for number in SIGNALS:
