@@ -156,7 +156,8 @@ def parse(item):
     if isinstance(item, str) and item.lstrip().startswith("{"):
         item = _json(item)
     elif isinstance(item, str):
-        item = dict(zip(("question", "", "answer"), item.rpartition("||")))
+        question, _, answer = item.rpartition("||")
+        item = {"question": question, "answer": answer}
     keys = next((form for form in FORMS if isinstance(item, dict) and item.keys() >= set(form)), None)
     if keys is None:
         raise ValueError(f"neither 'question||<<..>> #### answer' nor an object with keys as {FORMS}")
@@ -224,9 +225,10 @@ class Tokenizer:
     def from_pretrained(cls, directory):
         """eos is tokenizer_config.json's, else the first of config.json, else one of EOS_NAMES."""
         path = Path(directory, "tokenizer.json")
-        content = path.read_bytes()  # where it is missing, that is the error
+        if not path.is_file():
+            raise FileNotFoundError(f"{directory} has no tokenizer.json (a model's folder on a hub has one)")
         try:
-            self = cls(json.loads(content))
+            self = cls(json.loads(path.read_bytes()))
             path = path.with_name("tokenizer_config.json")
             stated = json.loads(path.read_bytes()) if path.is_file() else {}
             for key in ("bos_token", "eos_token"):

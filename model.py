@@ -115,7 +115,8 @@ class KVCache:
 
     def __init__(self, size, group=1):
         self.size, self.group = size, group
-        self.prefix = self.weights = None  # of each layer: k, v (Q, KV, S, D); its matrices, cast once
+        self.weights = None  # of each layer: its matrices, cast once and not at every position
+        self.prefix = None   # of each layer: k, v (Q, KV, S, D)
 
     def start(self, kv, valid):
         """Keep kv of the first pass, which count where `valid` (Q, S) is set."""
@@ -301,7 +302,7 @@ class LLaMA(nn.Module):
             config = LLaMAConfig.from_dict(raw)
             with torch.device("meta"):
                 model = cls(config)
-        except Exception as e:
+        except (ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as e:
             raise ValueError(f"{path}/config.json: {one_line(e)}") from None
         if config.tie_word_embeddings:
             found.pop("lm_head.weight", None)  # a copy of the embedding in some files

@@ -23,6 +23,7 @@ import time
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -232,8 +233,8 @@ class Run:
 
     def mean(self, values):
         """Dict of numbers or tensors of one number -> dict of floats, averaged over processes."""
-        t = [torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values.values()]
-        t = torch.stack(t)
+        numbers = [torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values.values()]
+        t = torch.stack(numbers)
         if self.world > 1:
             dist.all_reduce(t)
         return dict(zip(values, (t / self.world).tolist()))
@@ -279,11 +280,14 @@ class Run:
         return self.signal > 0 if self.world == 1 else self.mean({"signal": self.signal})["signal"] > 0
 
 
+@lru_cache(maxsize=4)
+def permutation(seed, epoch, n):
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
 def batch_indices(seed, step, n, size):
     """Indices of the examples of global batch `step`. Epochs follow one another without a short batch."""
-    epochs, places = np.divmod(np.arange(step * size, (step + 1) * size), n)
-    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(n) for epoch in {*epochs.tolist()}}
-    return [int(orders[epoch][place]) for epoch, place in zip(epochs.tolist(), places)]
+    return [int(permutation(seed, p // n, n)[p % n]) for p in range(step * size, (step + 1) * size)]
 
 
 def make_optimizer(model, cfg, weight_decay=0.0, ckpt=None):
@@ -295,11 +299,10 @@ def make_optimizer(model, cfg, weight_decay=0.0, ckpt=None):
     optimizer = torch.optim.AdamW(groups, betas=(0.9, cfg.beta2), fused=True)
     if ckpt:
         file = ckpt / "optimizer.safetensors"
-        found, count = tensor_headers(file), torch.zeros(())
-        wanted = {}
+        found, wanted = tensor_headers(file), {}
         for name, p in named.items():
             if f"step.{name}" in found:  # what never had a gradient has no state
-                wanted |= {f"step.{name}": count, f"exp_avg.{name}": p, f"exp_avg_sq.{name}": p}
+                wanted |= {f"step.{name}": torch.zeros(()), f"exp_avg.{name}": p, f"exp_avg_sq.{name}": p}
         check_tensors(found, wanted, file)
         for name, v in load_file(file).items():
             key, name = name.split(".", 1)
@@ -327,7 +330,8 @@ def build(cfg, run):
     if init:
         policy = model.policy if model else LLaMA.from_pretrained(init, device=run.device)
         check_vocabulary(tokenizer, policy, init)
-    known, (start, end) = START in tokenizer.special, tokenizer.add_special(START, END)
+    known = START in tokenizer.special
+    start, end = tokenizer.add_special(START, END)
     if not init:
         policy = LLaMA(LLaMAConfig(
             tokenizer.vocab_size, cfg.hidden_size, cfg.intermediate_size, cfg.layers, cfg.heads, cfg.heads,
@@ -392,8 +396,8 @@ def tidy(run, keep):
     """Keep the newest checkpoints and the best by validation; AdamW's state only in the newest."""
     for age, ckpt in enumerate(sorted(run.dir.glob(STEP), reverse=True)):
         if age >= keep and int(ckpt.name[5:]) != run.state["best"].get("step"):
-            # a checkpoint is whole, or it has another name
-            shutil.rmtree(ckpt.replace(ckpt.with_name(f".tmp-{ckpt.name}")))
+            hidden = ckpt.with_name(f".tmp-{ckpt.name}")  # a checkpoint is whole, or it has another name
+            shutil.rmtree(ckpt.replace(hidden))
         elif age > 0:
             (ckpt / "optimizer.safetensors").unlink(missing_ok=True)
 
@@ -505,16 +509,18 @@ def curriculum(cfg, latent, n):
 
 def micro_batches(run, examples, stage, step):
     """This process's parts of a global batch, as Batches on the CPU."""
-    config, cfg, d = run.model.config, run.cfg, run.model.policy.config.hidden_size
-    shape = len(examples), min(stage + 1, cfg.max_steps), cfg.thoughts_per_step, d
-    noise = torch.randn(shape, generator=generator(cfg.seed, SFT_NOISE, step))
+    config, cfg, noise = run.model.config, run.cfg, None
+    if config.vae and stage > 0:
+        shape = min(stage + 1, cfg.max_steps), cfg.thoughts_per_step, run.model.policy.config.hidden_size
+        noise = torch.randn(len(examples), *shape, generator=generator(cfg.seed, SFT_NOISE, step))
     tokens = sum(len(remaining_text(e, config, stage)) for e in examples)
     # rows of like length go together: less padding, the same batch
     order = np.argsort([len(e) for e in examples], kind="stable")
     count = -(-len(examples) // (run.micro_batch * run.world))
     for rows in np.array_split(order, min(count, len(examples) // run.world)):
         rows = rows[run.rank::run.world]
-        yield collate([examples[i] for i in rows], config, stage, noise[rows], len(examples), tokens)
+        part = None if noise is None else noise[rows]
+        yield collate([examples[i] for i in rows], config, stage, part, len(examples), tokens)
 
 
 def fit_micro_batch(run, stage):

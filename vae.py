@@ -259,7 +259,8 @@ def text_loss(model, h, targets, weights):
     rows, table = max(1, MAX_LOGITS[h.device.type] // model.config.vocab_size), model.output_weight()
     if len(h) <= rows:
         return part(h, table, targets, weights)
-    (leaf, leaf_table), total = (x.detach().requires_grad_() for x in (h, table)), 0.0
+    leaf, leaf_table = (x.detach().requires_grad_() for x in (h, table))
+    total = 0.0
     for own in zip(leaf.split(rows), targets.split(rows), weights.split(rows)):
         with torch.enable_grad():
             loss = part(own[0], leaf_table, *own[1:])
@@ -342,7 +343,8 @@ class LatentReasoner(nn.Module):
         taken, stopped = torch.zeros_like(alive, dtype=torch.long), torch.zeros_like(alive)
         # where the stop head is trained, it also looks at the first latent after the last step
         for i in range(limit * c + (config.stop and limit < config.max_steps)):
-            (k, j), (mu, logvar) = divmod(i, c), self.latent(h)
+            k, j = divmod(i, c)
+            mu, logvar = self.latent(h)
             z = mu if logvar is None or eps is None else mu + torch.exp(0.5 * logvar) * eps[:, k, j]
             if j == 0:
                 if config.stop:
@@ -426,7 +428,7 @@ class LatentReasoner(nn.Module):
         ends, alive = torch.tensor(self.ends, device=h.device), torch.ones_like(h[:, 0], dtype=torch.bool)
         tokens, lengths = [], torch.zeros_like(alive, dtype=torch.long)
         for i in range(max_tokens):
-            logits = F.linear(h, weight)[:, :vocab]
+            logits = llama.logits(h, weight)[:, :vocab]
             if uniform is None or not temperature:
                 token = logits.argmax(dim=-1)
             else:

@@ -62,7 +62,7 @@ def test_differences_are_seen(tmp_path, whole):
 
 
 def test_a_line_of_metrics_cut_inside_a_figure(tmp_path, whole, data, warm):
-    """What a kill or a full disk leaves of a line may end in a brace. A log that somebody removed begins anew."""
+    """What a kill or a full disk leaves of a line may end in a brace. A log that is gone begins anew."""
     shutil.copytree(whole / "vae", tmp_path / "vae")
     resume = ["--stage", "vae", "--resume", "--out_dir", str(tmp_path)]
     file = tmp_path / "vae" / "metrics.jsonl"

@@ -152,8 +152,8 @@ def test_save_keeps_dtype(tmp_path):
 
 
 def test_spare_tensors_of_old_checkpoints(tmp_path):
-    """A tied checkpoint may hold the output matrix, which is not read, as in transformers; old ones hold rotary
-    tables."""
+    """A tied checkpoint may hold the output matrix, which is not read, as in transformers; old ones hold
+    rotary tables."""
     net = small()
     net.save_pretrained(tmp_path)
     file, twice = tmp_path / "model.safetensors", net.embed_tokens.weight[:61].detach().clone()

@@ -396,7 +396,8 @@ def test_help_lists_every_setting(llama, capsys):
 @pytest.mark.parametrize("everything", (False, True))
 def test_weight_decay_of_matrices_or_of_everything(everything):
     """Without a gradient AdamW only decays: p becomes (1 - lr * decay) p."""
-    cfg = resolve(parse([*SMALL, "--lr", "0.1", "--weight_decay", "0.5", *(["--decay_all"] if everything else [])]))
+    switch = ["--decay_all"] if everything else []
+    cfg = resolve(parse([*SMALL, "--lr", "0.1", "--weight_decay", "0.5", *switch]))
     model, _ = build(cfg, Run(cfg, "vae"))
     optimizer = make_optimizer(model, cfg, cfg.weight_decay)
     for group in optimizer.param_groups:
@@ -635,8 +636,8 @@ def test_resume_refuses_what_would_break_it(tmp_path, vae, data):
     file, log = ckpt / "optimizer.safetensors", (tmp_path / "vae" / "metrics.jsonl").read_bytes()
     state, raw = load_file(file), file.read_bytes()
     name, model = "exp_avg.policy.embed_tokens.weight", LatentReasoner.from_pretrained(ckpt)
-    changes = [{name: state[name][:9]}, {name: state[name].long()}, {"exp_avg.bogus": torch.ones(2)}, {name: None}]
-    for change in changes:
+    for change in ({name: state[name][:9]}, {name: state[name].long()}, {"exp_avg.bogus": torch.ones(2)},
+                   {name: None}):
         save_file({k: v for k, v in {**state, **change}.items() if v is not None}, file)
         with pytest.raises(ValueError, match="optimizer.safetensors.*exp_avg"):
             make_optimizer(model, Config(), 0.0, ckpt)
@@ -659,13 +660,13 @@ def test_a_log_that_is_removed_costs_no_checkpoint(tmp_path, data, monkeypatch):
     assert find_checkpoint(tmp_path / "vae").name == "step-0000002"
 
 
-def test_as_many_rows_as_fit(tmp_path, data, vae, monkeypatch):
+def test_as_many_rows_as_fit(tmp_path, data, monkeypatch):
     """--micro_batch 0 on a GPU, here a CPU that says that it is one: a process's share of the batch, of fewer
     examples too, and half as often as it has no room."""
     cfg = resolve(parse(command(tmp_path, data, "--micro_batch", "0")))
     run, tried = Run(cfg, "vae"), []
-    run.gpu, (run.model, _) = True, build(cfg, run)
-    _, run.tokenizer = build(cfg, run)
+    run.gpu = True
+    run.model, run.tokenizer = build(cfg, run)
     examples = read_data(run, "train")
 
     def limited(batch):
