@@ -28,7 +28,7 @@ def judge(texts, example):
 
 @torch.no_grad()
 def evaluate(model, tokenizer, encoded, batch_size=0, samples=0, seed=0, max_tokens=160, temperature=1.0,
-             latent_temperature=1.0, bf16=False, progress=None):
+             bf16=False, progress=None):
     """Mean figures of data.Encoded questions, and what became of each (a list of dicts): accuracy and
     coherence (0 to 1), latents, tokens (latents and answer tokens without <eos>), pass@k and maj@k of
     `samples` rollouts each. progress: label of a bar."""
@@ -49,7 +49,7 @@ def evaluate(model, tokenizer, encoded, batch_size=0, samples=0, seed=0, max_tok
             if samples:  # with noise that no other question and no batch size changes
                 noise = [Noise.draw(samples, config, d, limit, generator(seed, i)) for i in part]
                 noise = Noise(*map(torch.cat, zip(*noise)))
-                sampled = model.rollout(questions, samples, noise, limit, temperature, latent_temperature)
+                sampled = model.rollout(questions, samples, noise, limit, temperature)
                 sampled, _ = model.texts(sampled.tokens, sampled.lengths, tokenizer)
         texts, ended = model.texts(rollout.tokens, rollout.lengths, tokenizer)
         latents = (rollout.plan.steps * config.thoughts_per_step).tolist()
@@ -112,7 +112,7 @@ def measure(ckpt, data, args):
             print(f"{name}: {skipped} questions do not fit the context")
         record["benchmarks"][name], results = evaluate(
             model, tokenizer, encoded, args.batch_size, args.samples, args.seed, args.max_tokens,
-            args.temperature, args.latent_temperature, args.dtype in ("bfloat16", auto), name)
+            args.temperature, args.dtype in ("bfloat16", auto), name)
         record["explained"][name] = results[:args.explain]
         for r in results[:args.explain]:
             print(f"{r['id']}: {r['question']}")
@@ -129,7 +129,6 @@ FLAGS = {  # help, default, other choices
     "limit": ("questions of each set (0: all)", 0),
     "samples": ("rollouts a question for pass@k and maj@k", 0),
     "temperature": ("of sampled answers (0: greedy)", 1.0),
-    "latent_temperature": ("of sampled latents: times sigma", 1.0),
     "batch_size": ("rollouts in one pass (0: 128, on a GPU 512)", 0),
     "max_tokens": ("of a written chain of thought", 160),
     "explain": ("questions of each set to print, with plans", 0),

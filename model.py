@@ -1,9 +1,9 @@
-"""LLaMA in one file. Keys and values lie in two segments, as latent reasoning needs them:
+"""LLaMA in one file. Its cache has two segments, as latent reasoning needs them:
 
     prefix   (Q, KV, S, D)      the question, right-padded, computed once, shared by a group of G rows
     tail     (Q, KV, G, N, D)   what came since; row b of the batch is (b // G, b % G)
 
-The tail has N columns from the start, and a mask says which count: all latents are alike in their shapes.
+The tail has N columns from the start, and a mask says which count: all latents have the same shapes.
 """
 
 import json
@@ -28,7 +28,7 @@ SUPPORTED = {  # what this code can run of config.json; a missing key has the fi
 
 @dataclass
 class LLaMAConfig:
-    """What a Hugging Face LlamaConfig has and this code needs."""
+    """The part of a Hugging Face LlamaConfig that this code needs."""
 
     vocab_size: int
     hidden_size: int
@@ -111,12 +111,11 @@ def spread(x, places, shape):
 
 
 class KVCache:
-    """Keys and values as at the top: size is N, group is G."""
+    """Keys and values of each layer as at the top: size is N, group is G."""
 
     def __init__(self, size, group=1):
-        self.size, self.group = size, group
-        self.weights = None  # of each layer: its matrices, cast once and not at every position
-        self.prefix = None   # of each layer: k, v (Q, KV, S, D)
+        self.size, self.group, self.prefix = size, group, None
+        self.weights = None  # the matrices of each layer, cast once and not at every position
 
     def start(self, kv, valid):
         """Keep kv of the first pass, which count where `valid` (Q, S) is set."""
@@ -129,8 +128,8 @@ class KVCache:
         self.counts = F.pad(valid.repeat_interleave(self.group, dim=0), (0, self.size))  # (B, S + N)
 
     def extend(self, valid, dtype):
-        """T new columns, which count where `valid` (B, T) is set. Returns positions (B, T) and of each layer
-        what attend takes: prefix and tail, columns of the tail (T,), bias (Q, 1, G, 1, T, S + N)."""
+        """T new columns, which count where `valid` (B, T) is set. Returns positions (B, T) and for each layer
+        what attend takes: prefix, tail, columns of the tail (T,), bias (Q, 1, G, 1, T, S + N)."""
         columns = torch.arange(self.counts.shape[1], device=valid.device)
         start, self.filled = self.filled, self.filled + valid.shape[1]
         new = columns[start:self.filled]
@@ -144,7 +143,7 @@ class KVCache:
 
 def attend(q, k, v, prefix_k, prefix_v, tail_k, tail_v, columns, bias):
     """Attention of T new columns q, k, v (B, T, heads, D) -> y, new tail. Letters: question q, row of its
-    group g, new column t, key-value head k, its query head r, column of prefix s, of tail n."""
+    group g, new column t, key-value head k, query head r of it, column of prefix s, of tail n."""
     (Q, KV, G, N, D), T = tail_k.shape, q.shape[1]
     k, v = (x.unflatten(0, (Q, G)).permute(0, 3, 1, 2, 4) for x in (k, v))  # (Q, KV, G, T, D)
     # autograd needs every version of the tail
@@ -175,7 +174,7 @@ class Block(nn.Module):
 
     def forward(self, x, rope, weights, past=None, places=None, shape=None):
         """x (B, T, d) -> x, (k, v). Without `past` (of KVCache.extend) a causal pass with k, v (B, KV, T, D),
-        else k, v are the new tail. With `places`, x (1, M, d) is what lies there in a (B, T) of `shape`: only
+        else k, v are the new tail. With `places`, x (1, M, d) lies there in a (B, T) of `shape`: only
         attention sees padding."""
         qkv_proj, o_proj, gate_up_proj, down_proj = weights
         (H, KV, D), (cos, sin) = self.sizes, rope
@@ -219,6 +218,8 @@ class LLaMA(nn.Module):
     def compile_blocks(self, backend="inductor"):
         torch._dynamo.config.recompile_limit = 64  # there are more kinds of passes than 8
         torch.fx.experimental._config.use_duck_shape = False  # sizes equal once need not stay so
+        # or backward writes over a saved tensor while it needs a saved view of it: wrong gradients (2.13)
+        torch._functorch.config.donated_buffer = False
         self.run_block = torch.compile(Block.forward, dynamic=True, backend=backend)
 
     def forward(self, tokens=None, embeds=None, cache=None, valid=None):
@@ -236,8 +237,7 @@ class LLaMA(nn.Module):
 
     def hidden(self, tokens=None, embeds=None, cache=None, valid=None, places=None):
         """Last hidden states (B, T, d) of token ids (B, T) or embeddings (B, T, d). A cache's first pass is
-        causal. `valid` (B, T) is unset at its right-padding, later at columns that do not count. The first
-        pass works on `places` (M,) of the flat (B * T) alone, which are no padding."""
+        causal, and computes only `places` (M,) of the flat (B * T). `valid` (B, T) is unset at padding."""
         embeds = self.embed_tokens(tokens) if embeds is None else embeds
         (B, T), run, kv, cache = embeds.shape[:2], self.run_block, [], cache or KVCache(0)
         x = embeds if places is None else gather(embeds, places)
@@ -269,8 +269,8 @@ class LLaMA(nn.Module):
 
     @torch.no_grad()
     def add_tokens(self, ids=(), like=None):
-        """Rows `ids`, old or new, become copies of row `like` or of the mean row. In memory, rows of zeros
-        follow up to a multiple of 64: GPUs are slow on an odd vocabulary."""
+        """Rows `ids`, old or new, become copies of row `like` or of the mean row. In memory the table ends
+        at a multiple of 64: GPUs are slow on an odd vocabulary."""
         known = self.config.vocab_size
         size = self.config.vocab_size = max([known, *(i + 1 for i in ids)])
         for module in self.tables():
@@ -295,8 +295,7 @@ class LLaMA(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
-        """Read config.json and model.safetensors or its shards. Memory holds the model in `dtype` and a part
-        of a tensor."""
+        """Read config.json and model.safetensors or its shards, a part of a tensor at a time."""
         raw, found = read_json(f"{path}/config.json"), tensor_files(Path(path))
         try:
             config = LLaMAConfig.from_dict(raw)

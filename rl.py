@@ -60,11 +60,11 @@ def advantages(reward, group, std=True):
 class Terms(NamedTuple):
     """Log-probabilities of a rollout's choices (None: no choice) and the distributions of its latents."""
 
-    latent: torch.Tensor  # (B, N, c) density, or None
-    stop: torch.Tensor    # (B, N + 1) continue or, at `steps`, stop; or None
-    token: torch.Tensor   # (B, A)
-    mu: torch.Tensor = None  # (B, N, c, d), beside `latent`
-    logvar: torch.Tensor = None
+    latent: torch.Tensor | None  # (B, N, c) density
+    stop: torch.Tensor | None    # (B, N + 1) continue or, at `steps`, stop
+    token: torch.Tensor          # (B, A)
+    mu: torch.Tensor | None = None  # (B, N, c, d), beside `latent`
+    logvar: torch.Tensor | None = None
 
     def detached(self):
         return Terms(*(v if v is None else v.detach() for v in self))
@@ -77,10 +77,9 @@ class LogProbs(nn.Module):
     a row stopped). path, ours: they are drawn again from the same noise, with gradients through them into
     stops and tokens."""
 
-    def __init__(self, model, temperature=1.0, latent_grad="score", latent_temperature=1.0):
+    def __init__(self, model, latent_grad="score"):
         super().__init__()
         self.model, self.path = model, latent_grad == "path"
-        self.temperature, self.latent_temperature = temperature, latent_temperature
         if not self.path and model.latent_head is not None and not model.config.vae:
             model.latent_head.requires_grad_(False)  # fixed latents without a density
 
@@ -93,8 +92,9 @@ class LogProbs(nn.Module):
         skip = 0 if config.latent else 1  # the prefix gives the first token
         text = nn.functional.pad(rollout.tokens[:, :-1], (1, 0), value=config.end_id)[:, skip:]
         latent = stop = mu = logvar = None
+        stop_z = plan.stop_z
         if config.latent and self.path:  # the cache keeps the latents
-            stop = self.model.think(h, cache, N, plan.steps, rollout.eps).stop_logits
+            stop_z = self.model.think(h, cache, N, plan.steps, rollout.eps).stop_z
             h = policy.hidden(text, cache=cache, valid=written)
         else:
             text = policy.embed_tokens(text)
@@ -105,14 +105,11 @@ class LogProbs(nn.Module):
                 h = torch.cat((h, policy.hidden(embeds=inputs, cache=cache, valid=valid)), dim=1)
             if config.vae:
                 mu, logvar = self.model.latent(h[:, :N * c].unflatten(1, (N, c)))
-                logp = gaussian_logp(plan.z, mu, logvar + 2 * np.log(self.latent_temperature))
-                latent = logp * used[..., None]
-            if config.stop:
-                stop = precise(self.model.stop_head(plan.stop_z.to(text.dtype)))
-        if stop is not None:
-            go, halt = stop.log_softmax(dim=-1).unbind(dim=-1)
+                latent = gaussian_logp(plan.z, mu, logvar) * used[..., None]
+        if config.stop:
+            go, halt = self.model.stop_logits(stop_z).log_softmax(dim=-1).unbind(dim=-1)
             stop = go * first(plan.steps, N + 1) + halt * stop_places(plan.steps, plan.stopped, N + 1)
-        logits = precise(policy.logits(h[:, -A:])[..., :config.vocab_size]) / self.temperature
+        logits = precise(policy.logits(h[:, -A:])[..., :config.vocab_size])
         token = logits.log_softmax(dim=-1).gather(-1, rollout.tokens[..., None]).squeeze(-1)
         return Terms(latent, stop, token * written, mu, logvar)
 
@@ -175,27 +172,21 @@ def rl_step(run, ddp, reference, optimizer, examples, tokenizer, step):
     began = time.time()
     model.eval()
     with run.autocast():
-        rollout = model.rollout([e.question for e in mine], G, noise, cfg.max_answer, cfg.temperature,
-                                cfg.latent_temperature)
+        rollout = model.rollout([e.question for e in mine], G, noise, cfg.max_answer)
         rolled = time.time()
         result = score(model, rollout, [e.example for e in mine], tokenizer, cfg.w_acc, cfg.w_fmt, cfg.w_coh)
     scored = time.time()
     advantage = advantages(result["reward"], G, cfg.std_norm)
-    steps, logvar = rollout.plan.steps, rollout.plan.logvar
-    result |= dict(latents=steps * cfg.thoughts_per_step, advantage=advantage.abs())
-    if logvar is not None:
-        sigma = (logvar * 0.5).exp().mean(dim=(2, 3))  # (B, N)
-        result["sigma"] = masked_mean(sigma, first(steps, sigma.shape[1]))
+    result |= dict(latents=rollout.plan.steps * cfg.thoughts_per_step, advantage=advantage.abs())
     stats = run.mean({k: v.sum() * run.world / (Q * G) for k, v in result.items()})
     stats["coherence"] /= max(stats.pop("decoded"), 1 / (Q * G))  # of the plans that were decoded
     if stats["advantage"] > 0:
         model.train()
-        ids = [e.example.id for e in examples]
-        stats |= update(run, ddp, reference, optimizer, rollout, advantage, step, ids)
+        stats |= update(run, ddp, reference, optimizer, rollout, advantage)
     return stats | dict(rollout_s=rolled - began, score_s=scored - rolled, update_s=time.time() - scored)
 
 
-def update(run, ddp, reference, optimizer, rollout, advantage, step, ids):
+def update(run, ddp, reference, optimizer, rollout, advantage):
     """Optimizer steps over rollouts with advantages (B,), on the CPU. Returns statistics. Each step takes as
     many rollouts of every question, each micro-batch those of some."""
     cfg, G, log_probs = run.cfg, rollout.group, getattr(ddp, "module", ddp)
@@ -226,7 +217,7 @@ def update(run, ddp, reference, optimizer, rollout, advantage, step, ids):
                         loss, stats["kl"] = loss + cfg.kl_coef * kl / cfg.minibatch, kl.detach()
                 (loss * run.world).backward()  # DDP takes the mean; the losses are shares of a sum
             sums = {k: sums.get(k, 0) + v for k, v in stats.items()}
-        norms.append(run.clip_gradients(optimizer, cfg.rl_clip, step + 1, ids, {"objective": loss.detach()}))
+        norms.append(run.clip_gradients(optimizer, cfg.rl_clip))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     sums, found = run.mean(sums), {"grad_norm": float(np.mean(norms))}

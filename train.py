@@ -20,7 +20,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import lru_cache
@@ -113,8 +113,6 @@ class Config:
     latent_coef: float = flag(1.0, "weight of the terms of latents and stops")
     latent_mean: bool = flag(False, "score: density averaged, not summed, over d")
     kl_coef: float = flag(0.0, "weight of the KL from the policy that RL began with")
-    temperature: float = flag(1.0, "of answer tokens in rollouts", least=1e-3)
-    latent_temperature: float = flag(1.0, "of latents in rollouts: times sigma", least=1e-3)
     max_answer: int = flag(16, "most answer tokens of a rollout", least=1)
     eval_every: int = flag(250, "steps between validations (0: only at the end)", pretrained=1000)
     eval_size: int = flag(256, "validation questions", least=1)
@@ -132,10 +130,9 @@ class Config:
         for f in fields(self):
             value, least = getattr(self, f.name), f.metadata.get("least", 0)
             kinds = (int, float) if f.type is float else (f.type,)
-            if type(value) not in kinds or value not in (f.metadata["choices"] or [value]):
+            wrong = type(value) not in kinds or value not in (f.metadata["choices"] or [value])
+            if wrong or (f.type in (int, float) and not least <= value < math.inf):
                 raise ValueError(f"--{f.name} cannot be {value!r}")
-            if f.type in (int, float) and not least <= value < math.inf:
-                raise ValueError(f"--{f.name} must be at least {least}, not {value}")
         if self.stage == "cot" and self.method != "cot":
             raise ValueError(f"--stage cot is --method cot: leave --method {self.method} out")
         if self.hidden_size % (2 * self.heads):
@@ -255,18 +252,16 @@ class Run:
 
     def steps(self, total):
         """The steps still to be made, as a bar where there is a terminal."""
-        done = self.state["step"]
-        return tqdm(range(done, total), self.name, total, initial=done, disable=None if self.main else True)
+        disable = None if self.main else True
+        return tqdm(range(self.step, total), self.name, total, initial=self.step, disable=disable)
 
-    def clip_gradients(self, optimizer, clip, step, ids, parts):
-        """The gradient norm before clipping. FloatingPointError where it is not finite names the step, the
-        loss parts and the examples, before the weights are touched."""
+    def clip_gradients(self, optimizer, clip):
+        """The gradient norm before clipping; FloatingPointError where it is not finite."""
         params = [p for group in optimizer.param_groups for p in group["params"]]
         norm = float(torch.nn.utils.clip_grad_norm_(params, clip or math.inf))
         if not math.isfinite(norm):
-            bad = [k for k, v in self.mean(parts).items() if not math.isfinite(v)]
-            raise FloatingPointError(f"step {step}: {', '.join(bad or ['gradient'])} is not finite; the last "
-                                     f"checkpoint stands (batch: {', '.join(ids)})")
+            raise FloatingPointError(f"step {self.step + 1}: the gradient norm is {norm}; the last checkpoint "
+                                     "stands")
         return norm
 
     def ask_to_stop(self, number, _):
@@ -360,31 +355,30 @@ def read_data(run, split):
     context = min(cfg.context, run.model.policy.config.max_position_embeddings)
     fits, long = encode_all(load(data, split, cfg.data_dir), run.tokenizer, context)
     imitates = split == "train" and run.name != "rl" and cfg.method != "nocot"
-    usable = [e for e in fits if e.steps or not imitates]
-    shown = usable[:cfg.annotated or None] if imitates else usable
-    if not usable:
+    kept = [e for e in fits if e.steps][:cfg.annotated or None] if imitates else fits
+    if not kept:
         raise ValueError(f"--data {data}: no example of {split} is left: too long, without steps or held out")
-    if long or len(shown) < len(fits):
-        run.say(f"of {data} {split} left out {long} examples longer than {context} tokens, "
-                f"{len(fits) - len(usable)} without steps, {len(usable) - len(shown)} beyond --annotated")
-    return shown
+    if long or len(kept) < len(fits):
+        run.say(f"{data} {split}: {len(kept)} examples; left out {long} longer than {context} tokens, "
+                f"{len(fits) - len(kept)} without steps or beyond --annotated")
+    return kept
 
 
 # --- checkpoints ---
 
 def save_checkpoint(run, optimizer):
     """A complete folder step-N: written under another name, then renamed."""
-    final = run.dir / f"step-{run.state['step']:07d}"
+    final = run.dir / f"step-{run.step:07d}"
     part = run.dir / f".tmp-{final.name}"
     names = {p: n for n, p in run.model.named_parameters()}
     tensors = {f"{key}.{names[p]}": v for p, s in optimizer.state.items() for key, v in s.items()}
     try:
-        with open(run.dir / "metrics.jsonl", "ab") as log:
-            run.state["logged"] = log.tell()
         run.model.save_pretrained(part)
         run.tokenizer.save_pretrained(part)
         save_tensors(tensors, part / "optimizer.safetensors")
-        write_json(part / "train.json", {"config": asdict(run.cfg), **run.state})
+        with open(run.dir / "metrics.jsonl", "ab") as log:
+            logged = log.tell()
+        write_json(part / "train.json", {"config": asdict(run.cfg), "step": run.step, "logged": logged})
         os.replace(part, final)
     except OSError as e:
         shutil.rmtree(part, ignore_errors=True)
@@ -393,9 +387,9 @@ def save_checkpoint(run, optimizer):
 
 
 def tidy(run, keep):
-    """Keep the newest checkpoints and the best by validation; AdamW's state only in the newest."""
+    """Keep the newest checkpoints; AdamW's state only in the newest."""
     for age, ckpt in enumerate(sorted(run.dir.glob(STEP), reverse=True)):
-        if age >= keep and int(ckpt.name[5:]) != run.state["best"].get("step"):
+        if age >= keep:
             hidden = ckpt.with_name(f".tmp-{ckpt.name}")  # a checkpoint is whole, or it has another name
             shutil.rmtree(ckpt.replace(hidden))
         elif age > 0:
@@ -403,30 +397,44 @@ def tidy(run, keep):
 
 
 def resume_point(cfg, given, folder):
-    """(cfg, checkpoint, its state) to go on with: the run's own settings, but for those that are free."""
+    """(cfg, checkpoint, step, bytes of the log) to go on from: the run's settings, but for those that are
+    free."""
     found = sorted(folder.glob(f"{STEP}/train.json"))
     if not (cfg.resume and found):
-        return cfg, None, {"step": 0, "best": {}, "skipped": 0, "logged": 0}  # logged: bytes of metrics.jsonl
+        return cfg, None, 0, 0
     ckpt = found[-1].parent
-    state = read_state(ckpt)
-    counts = [state.get(key) for key in ("step", "skipped", "logged")]
-    if {*map(type, counts)} != {int} or min(counts) < 0 or type(state.get("best")) is not dict:
-        raise ValueError(f"{found[-1]}: broken or of an earlier version: it can be --init, but not --resume")
-    saved = state.pop("config")
-    kept = {k: v for k, v in saved.items() if k in FIELDS and not FIELDS[k].metadata.get("free")}
+    match read_state(ckpt):
+        case {"step": int(step), "logged": int(logged), "config": saved} if min(step, logged) >= 0:
+            kept = {k: v for k, v in saved.items() if k in FIELDS and not FIELDS[k].metadata.get("free")}
+        case _:
+            raise ValueError(f"{found[-1]}: of an earlier version; it can be --init, but not --resume")
     for k, v in kept.items():
         if given.get(k, v) != v:
             raise ValueError(f"--{k} {given[k]}: --resume goes on with a run that has --{k} {v} ({folder})")
-    return replace(cfg, **kept, init=cfg.init if "init" in given else saved["init"]), ckpt, state
+    return replace(cfg, **kept, init=cfg.init if "init" in given else saved["init"]), ckpt, step, logged
+
+
+def take_folder(run, lock, logged):
+    """Lock the run's folder, and clear what a kill or an earlier run left there after the point where this
+    run begins."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{run.dir}: another run writes there (give another --out_dir)") from None
+    for leftover in run.dir.glob(".tmp-*"):
+        shutil.rmtree(leftover)
+    tidy(run, run.cfg.keep if run.resumed else 0)
+    with open(run.dir / "metrics.jsonl", "ab") as log:
+        log.truncate(min(log.tell(), logged))
 
 
 @contextmanager
 def begin(cfg, name, given):
     """The Run of a stage, new or resumed, alone in its folder until the `with` block ends. A new run replaces
     an earlier one there, once nothing can be wrong with its settings any more."""
-    cfg, ckpt, state = resume_point(cfg, given, Path(cfg.out_dir, name))
+    cfg, ckpt, step, logged = resume_point(cfg, given, Path(cfg.out_dir, name))
     run = Run(cfg, name)
-    run.resumed, run.state = ckpt, state
+    run.resumed, run.step = ckpt, step
     if not ckpt and cfg.init and Path(cfg.init).resolve().is_relative_to(run.dir.resolve()):
         raise ValueError(f"--init {cfg.init}: this run would replace {run.dir} (give another --out_dir)")
     size = "questions_per_step" if name == "rl" else "batch_size"
@@ -439,35 +447,31 @@ def begin(cfg, name, given):
             llama.compile_blocks()
     run.train, run.valid = read_data(run, "train"), read_data(run, "valid")[:cfg.eval_size]
     run.dir.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as at_end:
-        lock = os.open(run.dir, os.O_RDONLY)  # the system unlocks however the process ends
-        at_end.callback(os.close, lock)
+    lock = os.open(run.dir, os.O_RDONLY)  # the system unlocks however the process ends
+    before = [signal.getsignal(number) for number in SIGNALS]
+    try:
         if run.main:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"{run.dir}: another run writes there (give another --out_dir)") from None
-            # what a kill or an earlier run left there after the point where this run begins
-            for leftover in run.dir.glob(".tmp-*"):
-                shutil.rmtree(leftover)
-            tidy(run, cfg.keep if ckpt else 0)
-            with open(run.dir / "metrics.jsonl", "ab") as log:
-                log.truncate(min(log.tell(), state["logged"]))
+            take_folder(run, lock, logged)
         if cfg.resume:
-            run.say(f"resumed at step {state['step']} ({ckpt or 'no checkpoint'})")
+            run.say(f"resumed at step {step} ({ckpt or 'no checkpoint'})")
         for number in SIGNALS:
-            at_end.callback(signal.signal, number, signal.signal(number, run.ask_to_stop))
+            signal.signal(number, run.ask_to_stop)
         yield run
         if run.signal:  # it came while the last checkpoint was written
             raise SystemExit(128 + run.signal)
+    finally:
+        os.close(lock)
+        for number, handler in zip(SIGNALS, before):
+            signal.signal(number, handler)
 
 
 def finish_step(run, optimizer, step, stage, end, total):
     """Validate and save where it is due. SystemExit, 128 + signal, where one asked the run to stop."""
-    run.state |= {"step": step, "stage": stage}
-    due = step == end or (run.cfg.eval_every and step % run.cfg.eval_every == 0)
-    better, stop = due and validate(run, stage), run.asked_to_stop()
-    if run.main and (better or stop or step == total or step % run.cfg.save_every == 0):
+    run.step = step
+    if step == end or (run.cfg.eval_every and step % run.cfg.eval_every == 0):
+        validate(run, stage)
+    stop = run.asked_to_stop()
+    if run.main and (stop or step == total or step % run.cfg.save_every == 0):
         save_checkpoint(run, optimizer)
     if stop:
         run.say(f"stopped at step {step}; the same command with --resume goes on")
@@ -475,20 +479,17 @@ def finish_step(run, optimizer, step, stage, end, total):
 
 
 def validate(run, stage):
-    """Greedy figures on validation questions, a share on each process. Returns whether they are the best."""
+    """Log greedy figures on validation questions, a share on each process."""
     if run.model.config.latent and stage == 0:  # it still writes text: there is nothing to measure
-        return False
-    mine, state = run.valid[run.rank::run.world], run.state
+        return
+    mine = run.valid[run.rank::run.world]
     figures, _ = evaluation.evaluate(run.model, run.tokenizer, mine, bf16=run.bf16)
     share = len(mine) * run.world / len(run.valid)
     figures = run.mean({k: v * share for k, v in figures.items() if k != "n"})
     run.model.train()
-    run.log(step=state["step"], stage=stage, valid=figures)
+    run.log(step=run.step, stage=stage, valid=figures)
     shown = ", ".join(f"{k} {v:.3f}" for k, v in figures.items())
-    run.say(f"step {state['step']} stage {stage}: validation {shown}")
-    if better := figures["accuracy"] > state["best"].get("accuracy", -1):
-        state["best"] = {"step": state["step"], "accuracy": figures["accuracy"]}
-    return better
+    run.say(f"step {run.step} stage {stage}: validation {shown}")
 
 
 # --- supervised stage (paper, section 3.2) ---
@@ -586,7 +587,7 @@ def train_supervised(cfg, name, given):
                     loss = sum(weights[k] * v for k, v in losses.items())
                     (loss * run.world).backward()  # DDP takes the mean; the losses are shares of a sum
                 parts = {k: parts.get(k, 0.0) + v.detach() * run.world for k, v in losses.items()}
-            norm = run.clip_gradients(optimizer, cfg.clip, step + 1, [e.example.id for e in examples], parts)
+            norm = run.clip_gradients(optimizer, cfg.clip)
             # one cosine over the text stage, another over all latent stages, a warm-up for each optimizer
             progress = (step - text_steps) / (total - text_steps) if stage else step / text_steps
             lr = set_lr(optimizer, cfg.lr if stage else cfg.cot_lr, cfg.min_lr, progress,
@@ -603,41 +604,36 @@ def train_supervised(cfg, name, given):
 # --- reinforcement learning (paper, section 3.3) ---
 
 def make_reference(run):
-    """LogProbs of the policy that RL began with, for --kl_coef. A resumed run reads it again. By path it
-    makes latents of its own from the same noise."""
+    """LogProbs of the policy that RL began with, for --kl_coef. A resumed run reads it again."""
     start = LatentReasoner.from_pretrained(run.cfg.init, device=run.device, decode=False)
     start.configure(replace(run.model.config, decode=False))
     start.requires_grad_(False)
-    trained = read_state(run.cfg.init)
-    if run.state.setdefault("start", trained) != trained:
-        raise ValueError(f"--init {run.cfg.init} is not the checkpoint that this run began with")
     if run.compile:
         start.policy.compile_blocks()
-    return LogProbs(start, run.cfg.temperature, run.cfg.latent_grad)
+    return LogProbs(start, run.cfg.latent_grad)
 
 
 def train_rl(cfg, given):
     """GRPO on questions and answers, from checkpoint cfg.init. The trained checkpoint is in out_dir/rl."""
     with begin(cfg, "rl", given) as run:
-        cfg, model, state = run.cfg, run.model, run.state
+        cfg, model = run.cfg, run.model
         Q, G = cfg.questions_per_step, cfg.group
         total = min(cfg.rl_iters or max(1, len(run.train) // Q), cfg.max_iters or math.inf)
         if cfg.w_coh and not cfg.w_acc and model.decoder is None:
             raise ValueError(f"--w_acc 0 --w_coh {cfg.w_coh}: {cfg.init} has no decoder to read plans with")
         model.set_trainable("rl")
         optimizer = make_optimizer(model, cfg, 0.0, run.resumed)
-        ddp = run.wrap(LogProbs(model, cfg.temperature, cfg.latent_grad, cfg.latent_temperature))
+        ddp = run.wrap(LogProbs(model, cfg.latent_grad))
         reference = make_reference(run) if cfg.kl_coef else None
         run.say(f"{total} batches of {Q} questions x {G} rollouts, {Q * G // cfg.minibatch} "
                 f"optimizer steps each, from {cfg.init}")
-        if state["step"] == 0:
-            validate(run, "rl")  # to be kept, a checkpoint must be better
+        if run.step == 0:
+            validate(run, "rl")  # what RL has to improve on
         order = cfg.seed + (RL_ORDER << 32)  # another than that of the supervised stage
         for step in (bar := run.steps(total)):
             lr = set_lr(optimizer, cfg.rl_lr, cfg.rl_min_lr, step / total, (step + 1) / max(1, cfg.rl_warmup))
             examples = [run.train[i] for i in batch_indices(order, step, len(run.train), Q)]
             stats = rl_step(run, ddp, reference, optimizer, examples, run.tokenizer, step)
-            stats["skipped"] = state["skipped"] = state["skipped"] + ("grad_norm" not in stats)
             bar.set_postfix({k: stats[k] for k in ("reward", "accuracy", "coherence")})
             if (step + 1) % cfg.log_every == 0 or step + 1 == total:
                 run.log(step=step + 1, lr=lr, **stats)

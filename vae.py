@@ -3,9 +3,9 @@
     question  <|start-latent|>  z z | z z | z z  <|end-latent|>  ### answer  <eos>
                                 step1 step2 step3
 
-The policy is the encoder: from the hidden state before it, each latent is drawn from N(mu, sigma^2) and fed
-back as the next input embedding. The decoder, a second LLaMA, puts the latents of one step into words. The
-stop head looks at the first latent of a step. One loop, `think`, serves training and rollouts.
+The policy is the encoder: each latent is drawn from N(mu, sigma^2) of the hidden state before it and is the
+next input embedding. The decoder, a second LLaMA, puts the latents of a step into words. The stop head looks
+at the first latent of a step. One loop, `think`, serves training and rollouts.
 """
 
 import copy
@@ -160,7 +160,7 @@ class Batch(NamedTuple):
     decode: Padded              # (P, U) text of the latent steps, with <eos>
     decode_z: torch.Tensor      # (P,) places of those steps in the flat (B * N)
     decode_share: torch.Tensor  # of each valid place of `decode`: share / steps of the row
-    noise: torch.Tensor | None  # (B, n, c, d) of the latents, n at least N + 1 or K
+    noise: torch.Tensor | None  # (B, n, c, d) of the latents
 
 
 def remaining_text(example, config, stage):
@@ -221,13 +221,12 @@ class Noise(NamedTuple):
 class Plan(NamedTuple):
     """Latent plans of up to N steps, of which the first `steps` count."""
 
-    z: torch.Tensor                   # (B, N, c, d) as fed to the policy
-    mu: torch.Tensor                  # (B, N, c, d)
-    logvar: torch.Tensor | None       # (B, N, c, d), None where z is not sampled
-    steps: torch.Tensor               # (B,)
-    stopped: torch.Tensor             # (B,) bool: chosen, not by the limit
-    stop_z: torch.Tensor | None       # (B, N + 1, d) the first latent of each step and of the next
-    stop_logits: torch.Tensor | None  # (B, N + 1, 2) of the stop head, which looks at these
+    z: torch.Tensor              # (B, N, c, d) as fed to the policy
+    mu: torch.Tensor             # (B, N, c, d)
+    logvar: torch.Tensor | None  # (B, N, c, d), None where z is not sampled
+    steps: torch.Tensor          # (B,)
+    stopped: torch.Tensor        # (B,) bool: chosen, not by the limit
+    stop_z: torch.Tensor         # (B, N + 1, d) the first latent of each step and of the next, for the stop head
 
 
 class Rollout(NamedTuple):
@@ -338,19 +337,18 @@ class LatentReasoner(nn.Module):
         one all make `limit`. eps (B, K, c, d): noise of the latents, None: z = mu. uniform (B, K): samples
         the stops, None: stop where p(stop) > 1/2."""
         config, c, dtype = self.config, self.config.thoughts_per_step, self.policy.embed_tokens.weight.dtype
-        decides, drawn, seen = steps is None and config.stop, [], []  # z, mu, logvar; stop_z, stop_logits
+        decides, drawn, stop_z = steps is None and config.stop, [], []  # drawn: z, mu, logvar
         alive = torch.ones_like(h[:, 0], dtype=torch.bool)
         taken, stopped = torch.zeros_like(alive, dtype=torch.long), torch.zeros_like(alive)
-        # where the stop head is trained, it also looks at the first latent after the last step
+        # the stop head also looks at the first latent after the last step
         for i in range(limit * c + (config.stop and limit < config.max_steps)):
             k, j = divmod(i, c)
             mu, logvar = self.latent(h)
             z = mu if logvar is None or eps is None else mu + torch.exp(0.5 * logvar) * eps[:, k, j]
             if j == 0:
-                if config.stop:
-                    seen.append((z, precise(self.stop_head(z.to(dtype)))))
+                stop_z.append(z)
                 if decides:
-                    p = seen[-1][1].softmax(dim=-1)[:, 1]
+                    p = self.stop_logits(z).softmax(dim=-1)[:, 1]
                     stop = alive & (p > (0.5 if uniform is None else uniform[:, k]))
                     stopped, alive = stopped | stop, alive & ~stop
                 elif steps is not None:
@@ -361,11 +359,14 @@ class LatentReasoner(nn.Module):
             drawn.append((z, mu, logvar))
             h = self.policy.hidden(embeds=z.to(dtype)[:, None], cache=cache, valid=alive[:, None])[:, 0]
         else:  # at the limit nothing is decided
-            seen += [[torch.zeros_like(x) for x in pair] for pair in seen[:1]]
+            stop_z.append(torch.zeros_like(h))
         none = h.new_zeros(len(h), 0, h.shape[1])  # a plan may have no step
         stack = lambda i: torch.cat([none, *(x[i][:, None] for x in drawn)], dim=1).unflatten(1, (-1, c))
         return Plan(stack(0), stack(1), stack(2) if config.vae else None, taken, stopped,
-                    *(torch.stack(x, dim=1) for x in zip(*seen)) if config.stop else (None, None))
+                    torch.stack(stop_z, dim=1))
+
+    def stop_logits(self, stop_z):
+        return precise(self.stop_head(stop_z.to(self.policy.embed_tokens.weight.dtype)))
 
     def forward(self, batch):
         """Loss parts of a Batch (paper, section 3.2), {answer, stop, kl, decode: share of the global batch's
@@ -382,7 +383,8 @@ class LatentReasoner(nn.Module):
             h = policy.hidden(embeds=embeds[1], cache=cache, valid=batch.text.valid)
             if self.config.stop:
                 stops = stop_places(batch.steps, batch.stops, N + 1)
-                ce = F.cross_entropy(plan.stop_logits.transpose(1, 2), stops.long(), reduction="none")
+                logits = self.stop_logits(plan.stop_z).transpose(1, 2)  # (B, 2, N + 1)
+                ce = F.cross_entropy(logits, stops.long(), reduction="none")
                 losses["stop"] = masked_mean(ce, first(batch.steps + batch.stops, N + 1)).sum() * batch.share
             if plan.logvar is not None:
                 kl = gaussian_kl(plan.mu, plan.logvar).mean(dim=2)
@@ -404,21 +406,20 @@ class LatentReasoner(nn.Module):
         return text_loss(self.decoder, h, targets, batch.decode_share.to(precise(h).dtype))
 
     @torch.no_grad()
-    def rollout(self, questions, group=1, noise=None, max_tokens=16, temperature=1.0, latent_temperature=1.0):
+    def rollout(self, questions, group=1, noise=None, max_tokens=16, temperature=1.0):
         """Answer each question (list of ids) `group` times; it is read once. noise: a Noise of Q x group
         rows, None: greedy (z = mu, stop where p(stop) > 1/2, argmax; paper, section 4). temperature: of
-        answer tokens, 0: greedy stops and tokens. latent_temperature: times sigma."""
+        answer tokens, 0: greedy stops and tokens."""
         config = self.config
         steps, start = (config.max_steps, [config.start_id]) if config.latent else (0, [])
         prefix, noise = (moved(x, self.device) for x in (Padded.of([q + start for q in questions]), noise))
-        eps = noise and noise.latent * latent_temperature
+        eps, stop, answer = noise or (None, None, None)
         cache = KVCache(steps * config.thoughts_per_step + config.latent + max_tokens, group)
         h = self.read(prefix, cache)
-        uniform = noise.stop if noise and temperature else None
-        plan = self.think(h, cache, steps, eps=eps, uniform=uniform)
+        plan = self.think(h, cache, steps, eps=eps, uniform=stop if temperature else None)
         if config.latent:
             h = self.policy.hidden(torch.full_like(plan.steps[:, None], config.end_id), cache=cache)[:, 0]
-        text = self.generate(self.policy, h, cache, max_tokens, noise and noise.answer, temperature)
+        text = self.generate(self.policy, h, cache, max_tokens, answer if temperature else None, temperature)
         return Rollout(prefix, group, plan._replace(z=precise(plan.z)), eps, *text)
 
     def generate(self, llama, h, cache, max_tokens, uniform=None, temperature=1.0):
@@ -429,7 +430,7 @@ class LatentReasoner(nn.Module):
         tokens, lengths = [], torch.zeros_like(alive, dtype=torch.long)
         for i in range(max_tokens):
             logits = llama.logits(h, weight)[:, :vocab]
-            if uniform is None or not temperature:
+            if uniform is None:
                 token = logits.argmax(dim=-1)
             else:
                 cdf = (precise(logits) / temperature).softmax(dim=-1).cumsum(dim=-1)
@@ -446,10 +447,10 @@ class LatentReasoner(nn.Module):
     # --- in words ---
 
     @torch.no_grad()
-    def plan_texts(self, z, steps, tokenizer, max_tokens=None):
+    def plan_texts(self, z, steps, tokenizer):
         """What each of the first `steps` (B,) of z (B, N, c, d) says in words: a list for each row."""
         # a step of the built-in task has 8 tokens, and may stand for more steps elsewhere
-        max_tokens = max_tokens or max(1, min(64, self.decoder.config.max_position_embeddings // 16))
+        max_tokens = max(1, min(64, self.decoder.config.max_position_embeddings // 16))
         steps, words, size = steps.tolist(), [], MAX_DECODED[z.device.type]
         used = [b * z.shape[1] + k for b, n in enumerate(steps) for k in range(n)]
         z = z.flatten(0, 1).to(self.decoder.embed_tokens.weight.dtype)

@@ -240,14 +240,13 @@ def median(results, key):
 def sft_step(run, ddp, optimizer, examples, stage, step):
     """The optimizer step of train.train_supervised."""
     weights = {"answer": 1.0, "stop": 1.0, "decode": run.cfg.decode_coef, "kl": run.cfg.beta_kl}
-    batches, parts = list(micro_batches(run, examples, stage, step)), {}
+    batches = list(micro_batches(run, examples, stage, step))
     for i, batch in enumerate(batches):
         with run.no_sync(ddp, i + 1 < len(batches)):
             with run.autocast():
                 losses = ddp(moved(batch, run.device))
             sum(weights[k] * v for k, v in losses.items()).backward()
-        parts = {k: parts.get(k, 0.0) + v.detach() for k, v in losses.items()}
-    run.clip_gradients(optimizer, run.cfg.clip, step, [e.example.id for e in examples], parts)
+    run.clip_gradients(optimizer, run.cfg.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -285,8 +284,7 @@ def full_update(b, ddp, optimizer, rollout, step):
     and the bench is no judge of answers."""
     advantage = torch.randn(len(rollout.tokens), generator=generator(1, step))
     b.model.train()
-    ids = ["bench"]
-    return timed(lambda: update(b.run, ddp, None, optimizer, rollout, advantage, step, ids), b.device)
+    return timed(lambda: update(b.run, ddp, None, optimizer, rollout, advantage), b.device)
 
 
 def reinforced(b):

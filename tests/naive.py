@@ -69,7 +69,7 @@ def ends(model):
     return {model.config.eos_id} | set(listed if isinstance(listed, list) else [])
 
 
-def rollout(model, question, noise=None, row=0, max_tokens=16, temperature=1.0, latent_temperature=1.0):
+def rollout(model, question, noise=None, row=0, max_tokens=16, temperature=1.0):
     """One question, one row: latents (list of (c, d)), answer tokens, and each decision's log-probability."""
     cfg, policy = model.config, model.policy
     seq = embed(policy, question + ([cfg.start_id] if cfg.latent else []))
@@ -80,8 +80,8 @@ def rollout(model, question, noise=None, row=0, max_tokens=16, temperature=1.0, 
             h = read(policy, seq)
             if cfg.head:
                 mu, logvar = model.latent_head(h)
-                z, sigma = mu, (logvar / 2).exp() * (latent_temperature or 1)
-                if cfg.vae and noise is not None and latent_temperature:
+                z, sigma = mu, (logvar / 2).exp()
+                if cfg.vae and noise is not None:
                     z = mu + sigma * noise.latent[row, k, j]
                 if cfg.vae:
                     normal = torch.distributions.Normal(mu, sigma)
@@ -90,7 +90,8 @@ def rollout(model, question, noise=None, row=0, max_tokens=16, temperature=1.0, 
                 z = h
             if j == 0 and cfg.stop:
                 logp = model.stop_head(z).log_softmax(0)
-                stopping = float(logp[1].exp()) > (0.5 if noise is None or temperature < 1e-3 else float(noise.stop[row, k]))
+                greedy = noise is None or temperature < 1e-3
+                stopping = float(logp[1].exp()) > (0.5 if greedy else float(noise.stop[row, k]))
                 stop_logp.append(float(logp[int(stopping)]))
                 if stopping:
                     break

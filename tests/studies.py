@@ -69,22 +69,23 @@ def signal(path, questions=512, group=8):
 def diversity(paths, samples=32, limit=100):
     """Rows (checkpoint, what is sampled, ...) of how unlike the samples of a question are: distinct plans in
     the decoder's words, distinct answers, pass@1 and pass@`samples` in per cent, over the first `limit`
-    questions of each built-in test set. A stop head's decisions are sampled throughout."""
+    questions of each built-in test set. Stops are sampled where answers are."""
     questions, rows = [e for name in TEST_SETS for e in load(name, "test")[:limit]], []
     for path in paths:
         ckpt, _, model, tokenizer = opened(path)
         policy = model.policy.config
         encoded, _ = encode_all(questions, tokenizer, policy.max_position_embeddings)
         noise = Noise.draw(len(encoded) * samples, model.config, policy.hidden_size, 16, generator(0))
-        ways = {"answers": (1, 0)}  # temperatures of answers and latents
+        ways = {"answers": (1, 0)}  # temperature of answers, factor of sigma
         if model.config.vae:
             ways |= {"latents": (0, 1), "both": (1, 1), "latents, 3 sigma": (0, 3), "both, 3 sigma": (1, 3)}
-        for way, temperatures in ways.items():
+        for way, (temperature, factor) in ways.items():
             figures = []
             for i in range(0, len(encoded), 16):
                 part = encoded[i:i + 16]
                 cut = Noise(*(v[i * samples:(i + len(part)) * samples] for v in noise))
-                rollout = model.rollout([e.question for e in part], samples, cut, 16, *temperatures)
+                cut = cut._replace(latent=factor * cut.latent)
+                rollout = model.rollout([e.question for e in part], samples, cut, 16, temperature)
                 figures += of_questions(model, tokenizer, rollout, part)
             plans, answers, once, ever = (mean(column) for column in zip(*figures))
             rows.append([ckpt.parent, way, f"{plans:.1f}", f"{answers:.1f}", f"{100 * once:.1f}",

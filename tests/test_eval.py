@@ -29,8 +29,8 @@ def canned():
     plan = ["<<48/2=24>>", "<<48+24=72>>"]
     model.plan_texts = lambda z, steps, words: [plan[2 - n:] for n in steps.tolist()]
 
-    def rollout(questions, group=1, noise=None, max_tokens=16, temperature=1.0, latent_temperature=1.0):
-        model.asked = max_tokens, temperature, latent_temperature
+    def rollout(questions, group=1, noise=None, max_tokens=16, temperature=1.0):
+        model.asked = max_tokens, temperature
         answers = [TEXTS[text] for q in questions for text in (greedy if noise is None else samples)[q[0]]]
         tokens = torch.tensor([answer + [42] * (3 - len(answer)) for answer in answers])
         steps = torch.tensor([2 if q == [1] else 1 for q in questions for _ in range(group)])
@@ -46,13 +46,12 @@ def test_figures_of_evaluate(batch_size):
     questions = [Encoded([2, 3], [], [], Example("b", (), "24", "b")),
                  Encoded([1], [], [], Example("a", ("<<48/2=24>>",), "72", "a"))]
     model = canned()
-    figures, results = evaluate(model, Words(), questions, batch_size, samples=4, temperature=0.5,
-                                latent_temperature=3.0)
+    figures, results = evaluate(model, Words(), questions, batch_size, samples=4, temperature=0.5)
     assert figures == pytest.approx({
         "n": 2, "accuracy": 1, "latents": (4 + 2) / 2, "tokens": (4 + 2 + 2 + 2) / 2,
         "coherence": (1 + 0) / 2, "pass@1": (1 + 3) / 8, "pass@2": (1 / 2 + 1) / 2, "pass@4": 1,
         "maj@4": (0 + 1) / 2})
-    assert model.asked == (16, 0.5, 3.0)
+    assert model.asked == (16, 0.5)
     assert [(r["id"], r["text"], r["tokens"]) for r in results] == [("b", "### 24", 4), ("a", "### 72", 6)]
     assert [r["plan"] for r in results] == [["<<48+24=72>>"], ["<<48/2=24>>", "<<48+24=72>>"]]
     assert evaluate(model, Words(), questions)[0] == {k: v for k, v in figures.items() if "@" not in k}
@@ -99,7 +98,7 @@ class Sums:
 
 @pytest.mark.parametrize("method", ("atp", "simcot", "nocot"))
 def test_samples_of_a_question_are_its_own(method):
-    """They depend neither on the batch size nor on the other questions, but on seed and temperatures."""
+    """They depend neither on the batch size nor on the other questions, but on seed and temperature."""
     model, questions = naive.tiny(method), naive.examples(12)
     sampled = lambda questions, *args, **more: [
         {k: v for k, v in r.items() if "@" in k}
@@ -239,8 +238,7 @@ def test_compare_from_the_command_line(runs, capsys):
     (["--data", "nothing"], "no dataset and no file 'nothing'"),
     (["--data", "long.txt"], "long.txt: none of its questions fits"), (["--seed", "-1"], "--seed -1"),
     (["--samples", "-1"], "--samples -1"), (["--batch_size", "-1"], "--batch_size -1"),
-    (["--temperature", "-1"], "--temperature -1"),
-    (["--latent_temperature", "nan"], "--latent_temperature nan")])
+    (["--temperature", "-1"], "--temperature -1"), (["--temperature", "nan"], "--temperature nan")])
 def test_user_errors_of_eval(args, words, runs, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "long.txt").write_text(f"Ann has {'1 and ' * 400}2 pens.||<<1+2=3>> #### 3")

@@ -129,7 +129,7 @@ def sharded(folder):
 
 def checkpoint(folder):
     naive.tiny().save_pretrained(folder)
-    state = {"config": {"method": "atp", "seed": 0}, "step": 3, "stage": "vae", "best": {}}
+    state = {"config": {"method": "atp", "seed": 0}, "step": 3, "logged": 0}
     write_json(folder / "train.json", state)
 
 

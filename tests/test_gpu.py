@@ -174,7 +174,7 @@ def test_resume_equals_no_stop(tmp_path, monkeypatch):
         flags = [*SMALL, "--max_iters", "12"]
         train.main([*flags, "--out_dir", str(tmp_path / "whole")])
         with monkeypatch.context() as m, pytest.raises(SystemExit):
-            m.setattr(train.Run, "asked_to_stop", lambda self: self.state["step"] == 7)
+            m.setattr(train.Run, "asked_to_stop", lambda self: self.step == 7)
             train.main([*flags, "--out_dir", str(tmp_path / "cut")])
         assert max(metrics(tmp_path / "cut")) == 7
         train.main([*flags, "--out_dir", str(tmp_path / "cut"), "--resume"])

@@ -28,7 +28,7 @@ SFT = dict(data="gsm8k_aug", annotated=0, thoughts_per_step=2, max_steps=10, cot
            clip=0, beta_kl=1e-3, decode_coef=1, vae="auto", stop="auto", decode="auto")
 RL = dict(latent_grad="score", rl_lr=1e-6, rl_min_lr=1, rl_warmup=0, rl_clip=1, rl_iters=0,
           questions_per_step=16, group=8, minibatch=16, ratio_clip=0.2, std_norm=True, latent_coef=1,
-          latent_mean=False, kl_coef=0, w_acc=1, w_fmt=0.5, w_coh=0.1, temperature=1, latent_temperature=1,
+          latent_mean=False, kl_coef=0, w_acc=1, w_fmt=0.5, w_coh=0.1,
           max_answer=16)
 
 

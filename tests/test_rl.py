@@ -59,7 +59,7 @@ def fake(tokens, plans):
     """A model and its rollouts of one question, whose answers and decoded plans are given."""
     model, n, width = naive.tiny(), len(tokens), max(map(len, tokens))
     model.plan_texts = lambda z, steps, words: [[words.decode(step) for step in plans[i]] for i in z.tolist()]
-    plan = Plan(torch.arange(n), None, None, torch.zeros(n), None, None, None)
+    plan = Plan(torch.arange(n), None, None, torch.zeros(n), None, None)
     rows = torch.tensor([t + [0] * (width - len(t)) for t in tokens])
     return model, Rollout(None, n, plan, None, rows, torch.tensor([len(t) for t in tokens]))
 
@@ -84,12 +84,11 @@ def test_score():
 
 # --- log-probabilities ---
 
-def make(method="atp", group=3, K=3, seed=3, temperature=1.0, questions=4, latent_temperature=1.0, dtype=None,
-         **parts):
+def make(method="atp", group=3, K=3, seed=3, questions=4, dtype=None, **parts):
     """A tiny model and rollouts of its own."""
     model = naive.tiny(method, K=K, seed=seed, dtype=dtype or torch.float32, **parts)
     return model, model.rollout([e.question for e in naive.examples(questions)], group,
-                                draw(model, questions * group), 5, temperature, latent_temperature)
+                                draw(model, questions * group), 5)
 
 
 def draw(model, rows):
@@ -97,14 +96,14 @@ def draw(model, rows):
     return Noise(*(v.to(model.policy.norm.weight.dtype) for v in noise))
 
 
-def naive_terms(model, rollout, questions, temperature=1.0, latent_temperature=1.0):
+def naive_terms(model, rollout, questions):
     """Terms.latent, stop and token by a naive rollout of each row, which must choose the same."""
     (B, N, c, _), A = rollout.plan.z.shape, rollout.tokens.shape[1]
     latent, stop, token = (torch.zeros(B, *shape, dtype=torch.double) for shape in ((N, c), (N + 1,), (A,)))
     noise = draw(model, B)
     for b in range(B):
         question = questions[b // rollout.group].question
-        plan, tokens, *logps = naive.rollout(model, question, noise, b, 5, temperature, latent_temperature)
+        plan, tokens, *logps = naive.rollout(model, question, noise, b, 5)
         assert len(plan) == rollout.plan.steps[b] and tokens == rollout.tokens[b, :rollout.lengths[b]].tolist()
         for out, logp in zip((latent[b], stop[b], token[b]), logps):
             if len(logp) and logp[0] != []:
@@ -113,19 +112,17 @@ def naive_terms(model, rollout, questions, temperature=1.0, latent_temperature=1
 
 
 @pytest.mark.parametrize("method, parts", PARTS)
-@pytest.mark.parametrize("temperature, latent_temperature", [(1.0, 1.0), (0.5, 1.7)])
-def test_log_probabilities_are_those_of_a_naive_rollout(method, parts, temperature, latent_temperature):
+def test_log_probabilities_are_those_of_a_naive_rollout(method, parts):
     """One parallel pass over what was chosen, by score, or the chain of latents again, by path."""
-    temperatures = dict(temperature=temperature, latent_temperature=latent_temperature)
-    model, rollout = make(method, K=8, dtype=torch.double, **temperatures, **parts)
+    model, rollout = make(method, K=8, dtype=torch.double, **parts)
     model.requires_grad_(False)
     if method == "atp" and not parts:
         assert len(set(rollout.plan.steps.tolist())) > 2
         # the latent at which the longest plan was stopped is in no plan
         assert (rollout.plan.stopped & (rollout.plan.steps == rollout.plan.z.shape[1])).any()
-    want = naive_terms(model, rollout, naive.examples(4), **temperatures)
-    score_terms = LogProbs(model, latent_grad="score", **temperatures)(rollout)
-    by_path = LogProbs(model, latent_grad="path", **temperatures)
+    want = naive_terms(model, rollout, naive.examples(4))
+    score_terms = LogProbs(model, latent_grad="score")(rollout)
+    by_path = LogProbs(model, latent_grad="path")
     for terms, latent in ((score_terms, want[0]), (by_path(rollout), None)):
         for got, expected in zip(terms, (latent, *want[1:])):
             assert (got is None) == (expected is None)
@@ -420,7 +417,7 @@ def test_update_leaves_out_groups_of_equal_rewards(grad):
     advantage[4:8] = advantage[8:10] = 0  # the second question, and half of the third one's
     log_probs, recorder = LogProbs(model, latent_grad=grad), Recorder(model)
     hook = log_probs.register_forward_hook(lambda module, args, out: seen.append(len(args[0].plan.z)))
-    update(rl_run(micro_batch=8, rl_clip=0.0), log_probs, None, recorder, rollout, advantage, 1, [])
+    update(rl_run(micro_batch=8, rl_clip=0.0), log_probs, None, recorder, rollout, advantage)
     assert seen == [8, 4]
     hook.remove()
     new = log_probs(rollout)
@@ -443,7 +440,7 @@ def test_update_adds_the_divergence_of_all_groups(grad, parts, micro_batch):
     log_probs, recorder = LogProbs(model, latent_grad=grad), Recorder(model)
     reference = LogProbs(naive.tiny(seed=4, **parts), latent_grad=grad).requires_grad_(False)
     run = rl_run(micro_batch=micro_batch, kl_coef=0.3, rl_clip=0.0)
-    stats = update(run, log_probs, reference, recorder, rollout, advantage, 1, [])
+    stats = update(run, log_probs, reference, recorder, rollout, advantage)
     new = log_probs(rollout)
     kl = divergence(new, reference(rollout), rollout).mean()
     (objective(new, new.detached(), rollout, advantage, 16)[0] + 0.3 * kl).backward()
@@ -468,7 +465,7 @@ def test_update_is_ppo_from_the_policy_before_the_first_step(grad):
     plain, fresh = copy.deepcopy(model), copy.deepcopy(model)
     run = rl_run(minibatch=4, micro_batch=2, latent_grad=grad, rl_clip=0.5)
     sgd = lambda module: torch.optim.SGD(module.parameters(), lr=0.1)
-    stats = update(run, LogProbs(model, latent_grad=grad), None, sgd(model), rollout, advantage, 1, [])
+    stats = update(run, LogProbs(model, latent_grad=grad), None, sgd(model), rollout, advantage)
     counts = {}
     for policy, is_old in ((plain, True), (fresh, False)):
         optimizer = sgd(policy)
@@ -500,7 +497,7 @@ def test_update_under_autocast(grad):
     got = {}
     for dtype in ("float32", "bfloat16"):
         recorder, run = Recorder(model), rl_run(minibatch=8, micro_batch=4, dtype=dtype, rl_clip=0.0)
-        stats = update(run, log_probs, None, recorder, rollout, advantage, 1, [])
+        stats = update(run, log_probs, None, recorder, rollout, advantage)
         assert len(recorder.steps) == 2 and stats["latent_clip_frac"] == stats["token_clip_frac"] == 0
         got[dtype] = {n: sum(step[n] for step in recorder.steps) for n in recorder.steps[0]}
     model.zero_grad()
@@ -538,6 +535,6 @@ def test_a_step_of_next_to_nothing_leaves_ratios_near_one(wide, lr):
         run = rl_run(minibatch=4, micro_batch=8, latent_grad="score", dtype=dtype, device="cpu",
                      ratio_clip=0.01 if dtype == "auto" else 0.2)
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-        stats[dtype] = update(run, LogProbs(model), None, optimizer, rollout, advantage, 1, [])
+        stats[dtype] = update(run, LogProbs(model), None, optimizer, rollout, advantage)
     assert stats["auto"]["latent_clip_frac"] == stats["auto"]["token_clip_frac"] == 0
     assert (stats["bfloat16"]["latent_clip_frac"] > 0.1) == (lr > 0)

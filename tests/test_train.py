@@ -419,11 +419,12 @@ def test_clip_0_leaves_gradients_alone(clip, norm):
     p = torch.nn.Parameter(torch.zeros(2))
     p.grad = torch.tensor([3.0, -4.0])
     run, optimizer = Run(Config(), "vae"), torch.optim.SGD([p])
-    assert run.clip_gradients(optimizer, clip, 1, [], {}) == pytest.approx(5)
+    run.step = 8
+    assert run.clip_gradients(optimizer, clip) == pytest.approx(5)
     torch.testing.assert_close(p.grad, torch.tensor([3.0, -4.0]) * norm / 5)
     p.grad[0] = float("inf")
-    with pytest.raises(FloatingPointError, match="step 9: gradient is not finite; .*batch: a, b"):
-        run.clip_gradients(optimizer, clip, 9, ["a", "b"], {"answer": torch.tensor(1.0)})
+    with pytest.raises(FloatingPointError, match="step 9: the gradient norm is inf"):
+        run.clip_gradients(optimizer, clip)
 
 
 # --- user errors ---
@@ -440,7 +441,7 @@ def command_line(script, *args):
     (["--heads", "5"], "--heads"), (["--minibatch", "7"], "--minibatch"), (["--group", "1"], "--group"),
     (["--lr", "nan"], "--lr"), (["--lr", "-1"], "--lr"), (["--data", "nothing"], "nothing"),
     (["--stage", "vae", "--data", "gsm8k", "--data_dir", "nowhere"], "data.py gsm8k"),
-    (["--batch_size", "0"], "--batch_size"), (["--latent_temperature", "0"], "--latent_temperature"),
+    (["--batch_size", "0"], "--batch_size"), (["--rl_clip", "inf"], "--rl_clip"),
     (["--max_steps", "256"], "--max_steps"), (["--method", "simcot", "--vae", "yes"], "--vae"),
     (["--method", "cot", "--decode", "yes"], "--decode"),
     (["--stage", "cot", "--method", "simcot"], "--stage cot"),
@@ -468,9 +469,9 @@ def test_coherence_alone_needs_a_decoder(tmp_path, warm, data):
 
 # --- ends and resumes ---
 
-@pytest.mark.parametrize("stage, part", [("vae", "answer"), ("rl", "objective")])
-def test_gradient_that_is_not_finite_stops_before_the_step(tmp_path, data, warm, stage, part, monkeypatch):
-    """The run ends with the step, the loss part and example ids. Weights and the last checkpoint stay."""
+@pytest.mark.parametrize("stage", ("vae", "rl"))
+def test_gradient_that_is_not_finite_stops_before_the_step(tmp_path, data, warm, stage, monkeypatch):
+    """Weights and the last checkpoint stay."""
     clip, collate, objective, seen = Run.clip_gradients, module.collate, rl_module.objective, []
 
     def poisoned_batch(*args):
@@ -491,7 +492,7 @@ def test_gradient_that_is_not_finite_stops_before_the_step(tmp_path, data, warm,
     monkeypatch.setattr(module, "collate", poisoned_batch)
     monkeypatch.setattr(rl_module, "objective", poisoned_loss)
     flags = ["--save_every", "1", "--minibatch", "16", *stage_flags(stage, warm)]  # one update a batch
-    with pytest.raises(FloatingPointError, match=rf"step 3: {part} is not finite.*\(batch: questions.txt:"):
+    with pytest.raises(FloatingPointError, match="step 3: the gradient norm is nan"):
         train(command(tmp_path, data, *flags, stage=stage))
     model, before = seen[2]
     assert len(seen) == 3 and all(v.equal(before[k]) for k, v in model.state_dict().items())
@@ -544,10 +545,9 @@ def test_a_second_signal_stops_at_once():
     assert [signal.signal(number, before[number]) for number in before] == [signal.SIG_DFL] * 2
 
 
-def test_resume_takes_the_divergence_from_the_same_start(tmp_path, vae, warm, rl, data, monkeypatch):
-    """Wherever that is by now; nothing, or another checkpoint, in its place is refused."""
+def test_resume_takes_the_divergence_from_the_same_start(tmp_path, warm, rl, data, monkeypatch):
+    """Wherever that is by now; nothing in its place is refused."""
     shutil.copytree(warm / "vae", tmp_path / "vae")
-    place = find_checkpoint(tmp_path / "vae")
     with monkeypatch.context() as patch:
         patch.setattr(Run, "asked_to_stop", lambda run: True)
         with pytest.raises(SystemExit):
@@ -555,11 +555,7 @@ def test_resume_takes_the_divergence_from_the_same_start(tmp_path, vae, warm, rl
     assert find_checkpoint(tmp_path / "rl").name == "step-0000001"
     resume = ["--stage", "rl", "--resume", "--out_dir", str(tmp_path)]
     (tmp_path / "vae").rename(tmp_path / "moved")
-    shutil.copytree(vae / "vae", tmp_path / "vae")
-    with pytest.raises(FileNotFoundError, match=f"{place}/latent.json"):
-        train(resume)
-    find_checkpoint(tmp_path / "vae").rename(place)
-    with pytest.raises(ValueError, match=f"--init {place} is not the checkpoint that this run began with"):
+    with pytest.raises(FileNotFoundError, match="vae: no checkpoint there"):
         train(resume)
     train([*resume, "--init", str(tmp_path / "moved")])
     assert_same(weights(tmp_path, "rl"), weights(rl, "rl"), exact=True)
@@ -576,23 +572,16 @@ def test_resume_refuses_to_become_another_run(vae, data, flag, value, was):
     assert flag not in free and "keep" in free
 
 
-def test_the_best_checkpoint_is_kept(tmp_path, data, monkeypatch):
-    """The newest `keep`, and the best by validation, which the newest names. Only the newest has the
-    optimizer."""
-    accuracies = iter((0.1, 0.7, 0.2, 0.7, 0.3, 0.4, 0.5, 0.6))
-    figures = lambda *_, **__: ({"n": 3, "accuracy": next(accuracies)}, [])
-    monkeypatch.setattr(module.evaluation, "evaluate", figures)
+def test_the_newest_checkpoints_are_kept(tmp_path, data):
+    """Only the newest has the optimizer."""
     train(command(tmp_path, data, "--max_iters", "8", "--eval_every", "1", "--save_every", "1", "--keep", "2",
                   "--method", "nocot"))
     found = sorted((tmp_path / "vae").glob("step-*"))
-    assert [p.name for p in found] == ["step-0000002", "step-0000007", "step-0000008"]
-    assert [(p / "optimizer.safetensors").exists() for p in found] == [False, False, True]
+    assert [p.name for p in found] == ["step-0000007", "step-0000008"]
     names = [{f.name for f in p.iterdir()} for p in found]
-    assert names[2] == {*names[0], "optimizer.safetensors"} and names[0] == names[1]
-    state = json.loads((found[2] / "train.json").read_text())
-    assert state["best"] == {"step": 2, "accuracy": pytest.approx(0.7)}
-    best, newest = (LatentReasoner.from_pretrained(p).state_dict() for p in (found[0], found[2]))  # both open
-    assert not best["policy.norm.weight"].equal(newest["policy.norm.weight"])
+    assert names[1] == {*names[0], "optimizer.safetensors"} != names[0]
+    old, new = (LatentReasoner.from_pretrained(p).state_dict() for p in found)  # both open
+    assert not old["policy.norm.weight"].equal(new["policy.norm.weight"])
 
 
 @pytest.mark.parametrize("broken", ("save_tensors", "replace"))
@@ -646,9 +635,9 @@ def test_resume_refuses_what_would_break_it(tmp_path, vae, data):
         make_optimizer(model, Config(), 0.0, ckpt)
     file.write_bytes(raw)
     whole = json.loads((ckpt / "train.json").read_text())
-    for change in ({"logged": None}, {"logged": -1}, {"best": []}, {"step": -1}, {"skipped": "x"}):
+    for change in ({"logged": None}, {"logged": -1}, {"logged": "x"}, {"step": -1}):
         (ckpt / "train.json").write_text(json.dumps({**whole, **change}))
-        with pytest.raises(ValueError, match="train.json: broken or of an earlier version"):
+        with pytest.raises(ValueError, match="train.json: of an earlier version"):
             train(resume)
     assert (tmp_path / "vae" / "metrics.jsonl").read_bytes() == log
 
