@@ -237,7 +237,7 @@ class LLaMA(nn.Module):
 
     def hidden(self, tokens=None, embeds=None, cache=None, valid=None, places=None):
         """Last hidden states (B, T, d) of token ids (B, T) or embeddings (B, T, d). A cache's first pass is
-        causal, and computes only `places` (M,) of the flat (B * T). `valid` (B, T) is unset at padding."""
+        causal, and computes only `places` (M,) of the flat (B * T). `valid` (B, T): columns that count."""
         embeds = self.embed_tokens(tokens) if embeds is None else embeds
         (B, T), run, kv, cache = embeds.shape[:2], self.run_block, [], cache or KVCache(0)
         x = embeds if places is None else gather(embeds, places)

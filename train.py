@@ -260,8 +260,8 @@ class Run:
         params = [p for group in optimizer.param_groups for p in group["params"]]
         norm = float(torch.nn.utils.clip_grad_norm_(params, clip or math.inf))
         if not math.isfinite(norm):
-            raise FloatingPointError(f"step {self.step + 1}: the gradient norm is {norm}; the last checkpoint "
-                                     "stands")
+            raise FloatingPointError(f"step {self.step + 1}: the gradient norm is {norm}; "
+                                     "the last checkpoint stands")
         return norm
 
     def ask_to_stop(self, number, _):

@@ -226,7 +226,7 @@ class Plan(NamedTuple):
     logvar: torch.Tensor | None  # (B, N, c, d), None where z is not sampled
     steps: torch.Tensor          # (B,)
     stopped: torch.Tensor        # (B,) bool: chosen, not by the limit
-    stop_z: torch.Tensor         # (B, N + 1, d) the first latent of each step and of the next, for the stop head
+    stop_z: torch.Tensor         # (B, N + 1, d) the stop head sees: first latents, the next step's too
 
 
 class Rollout(NamedTuple):
