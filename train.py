@@ -137,6 +137,8 @@ class Config:
             raise ValueError(f"--stage cot is --method cot: leave --method {self.method} out")
         if self.hidden_size % (2 * self.heads):
             raise ValueError(f"--hidden_size {self.hidden_size}: no multiple of twice --heads {self.heads}")
+        if not self.cot_epochs + self.epochs_per_stage + self.final_epochs:
+            raise ValueError("--cot_epochs, --epochs_per_stage and --final_epochs leave no step")
         batch = self.questions_per_step * self.group
         if self.minibatch % self.questions_per_step or batch % self.minibatch:
             raise ValueError(f"--minibatch {self.minibatch}: not --questions_per_step x a divisor of --group")
@@ -202,7 +204,7 @@ def resolve(given):
 # --- set-up ---
 
 class Run:
-    """What a stage works with: processes, device, folder, log. begin() adds model, tokenizer, data, state."""
+    """What a stage works with: processes, device, folder, log. begin() adds model, tokenizer, data."""
 
     def __init__(self, cfg, name):
         self.cfg, self.name, self.dir = cfg, name, Path(cfg.out_dir, name)
@@ -216,6 +218,7 @@ class Run:
         self.bf16 = on[cfg.dtype] and not exact
         torch.set_float32_matmul_precision("highest" if exact or cfg.dtype == "float32" else "high")
         self.began, self.signal = time.time(), 0  # signal: the number of one that asks the run to stop
+        self.step, self.resumed = 0, None  # steps made; the checkpoint that a resumed run goes on from
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
@@ -404,10 +407,11 @@ def resume_point(cfg, given, folder):
         return cfg, None, 0, 0
     ckpt = found[-1].parent
     match read_state(ckpt):
-        case {"step": int(step), "logged": int(logged), "config": saved} if min(step, logged) >= 0:
-            kept = {k: v for k, v in saved.items() if k in FIELDS and not FIELDS[k].metadata.get("free")}
+        case {"step": int(step), "logged": int(logged), "config": saved} if (
+                min(step, logged) >= 0 and saved.keys() == FIELDS.keys()):
+            kept = {k: v for k, v in saved.items() if not FIELDS[k].metadata.get("free")}
         case _:
-            raise ValueError(f"{found[-1]}: of an earlier version; it can be --init, but not --resume")
+            raise ValueError(f"{found[-1]}: broken or of another version; it can be --init, but not --resume")
     for k, v in kept.items():
         if given.get(k, v) != v:
             raise ValueError(f"--{k} {given[k]}: --resume goes on with a run that has --{k} {v} ({folder})")
@@ -421,6 +425,8 @@ def take_folder(run, lock, logged):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"{run.dir}: another run writes there (give another --out_dir)") from None
+    if run.resumed and max(run.dir.glob(f"{STEP}/train.json")).parent != run.resumed:
+        raise ValueError(f"{run.dir}: another run has written there meanwhile; start again")
     for leftover in run.dir.glob(".tmp-*"):
         shutil.rmtree(leftover)
     tidy(run, run.cfg.keep if run.resumed else 0)
@@ -500,8 +506,6 @@ def curriculum(cfg, latent, n):
     epochs[-1] += cfg.final_epochs
     epochs = epochs if latent else [sum(epochs)]
     steps = {s: max(1, round(e * n / cfg.batch_size)) for s, e in enumerate(epochs) if e > 0}
-    if not steps:
-        raise ValueError("--cot_epochs, --epochs_per_stage and --final_epochs leave no step")
     ends = np.cumsum([0, *steps.values()]).tolist()
     if cfg.max_iters:
         ends = [end * cfg.max_iters // ends[-1] for end in ends]
@@ -604,7 +608,7 @@ def train_supervised(cfg, name, given):
 # --- reinforcement learning (paper, section 3.3) ---
 
 def make_reference(run):
-    """LogProbs of the policy that RL began with, for --kl_coef. A resumed run reads it again."""
+    """LogProbs of the policy that RL began with, for --kl_coef. A resumed run reads --init again."""
     start = LatentReasoner.from_pretrained(run.cfg.init, device=run.device, decode=False)
     start.configure(replace(run.model.config, decode=False))
     start.requires_grad_(False)

@@ -1,7 +1,6 @@
 """Faults: kills and resume, cut files, skipped batches, and torchrun's processes when one of them fails or
 has less to do. The full count of kills is `python tests/faults.py`."""
 
-import json
 import random
 import shutil
 import subprocess

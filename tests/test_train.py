@@ -546,7 +546,7 @@ def test_a_second_signal_stops_at_once():
 
 
 def test_resume_takes_the_divergence_from_the_same_start(tmp_path, warm, rl, data, monkeypatch):
-    """Wherever that is by now; nothing in its place is refused."""
+    """Wherever that is by now; an empty place is refused."""
     shutil.copytree(warm / "vae", tmp_path / "vae")
     with monkeypatch.context() as patch:
         patch.setattr(Run, "asked_to_stop", lambda run: True)
@@ -637,7 +637,7 @@ def test_resume_refuses_what_would_break_it(tmp_path, vae, data):
     whole = json.loads((ckpt / "train.json").read_text())
     for change in ({"logged": None}, {"logged": -1}, {"logged": "x"}, {"step": -1}):
         (ckpt / "train.json").write_text(json.dumps({**whole, **change}))
-        with pytest.raises(ValueError, match="train.json: of an earlier version"):
+        with pytest.raises(ValueError, match="train.json: broken or of another version"):
             train(resume)
     assert (tmp_path / "vae" / "metrics.jsonl").read_bytes() == log
 
