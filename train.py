@@ -340,6 +340,8 @@ def build(cfg, run):
     same = model and all(getattr(model.config, part) == parts[part] for part in ("head", "stop", "decode"))
     if run.name == "rl" and not (same and parts["vae"] <= model.config.vae):  # or sigma would be untrained
         raise ValueError(f"--stage rl: {init} has other parts (heads, decoder, VAE) than this run asks for")
+    if run.name == "rl" and cfg.w_coh and not cfg.w_acc and not parts["decode"]:
+        raise ValueError(f"--w_acc 0 --w_coh {cfg.w_coh}: {init} has no decoder to read plans with")
     if same:
         model.configure(latent)
         return model, tokenizer
@@ -623,8 +625,6 @@ def train_rl(cfg, given):
         cfg, model = run.cfg, run.model
         Q, G = cfg.questions_per_step, cfg.group
         total = min(cfg.rl_iters or max(1, len(run.train) // Q), cfg.max_iters or math.inf)
-        if cfg.w_coh and not cfg.w_acc and model.decoder is None:
-            raise ValueError(f"--w_acc 0 --w_coh {cfg.w_coh}: {cfg.init} has no decoder to read plans with")
         model.set_trainable("rl")
         optimizer = make_optimizer(model, cfg, 0.0, run.resumed)
         ddp = run.wrap(LogProbs(model, cfg.latent_grad))
