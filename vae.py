@@ -160,7 +160,7 @@ class Batch(NamedTuple):
     decode: Padded              # (P, U) text of the latent steps, with <eos>
     decode_z: torch.Tensor      # (P,) places of those steps in the flat (B * N)
     decode_share: torch.Tensor  # of each valid place of `decode`: share / steps of the row
-    noise: torch.Tensor | None  # (B, n, c, d) of the latents
+    noise: torch.Tensor | None  # (B, n, c, d) of the latents, n at least N + 1 or K
 
 
 def remaining_text(example, config, stage):
@@ -414,12 +414,14 @@ class LatentReasoner(nn.Module):
         steps, start = (config.max_steps, [config.start_id]) if config.latent else (0, [])
         prefix, noise = (moved(x, self.device) for x in (Padded.of([q + start for q in questions]), noise))
         eps, stop, answer = noise or (None, None, None)
+        if not temperature:
+            stop = answer = None
         cache = KVCache(steps * config.thoughts_per_step + config.latent + max_tokens, group)
         h = self.read(prefix, cache)
-        plan = self.think(h, cache, steps, eps=eps, uniform=stop if temperature else None)
+        plan = self.think(h, cache, steps, eps=eps, uniform=stop)
         if config.latent:
             h = self.policy.hidden(torch.full_like(plan.steps[:, None], config.end_id), cache=cache)[:, 0]
-        text = self.generate(self.policy, h, cache, max_tokens, answer if temperature else None, temperature)
+        text = self.generate(self.policy, h, cache, max_tokens, answer, temperature)
         return Rollout(prefix, group, plan._replace(z=precise(plan.z)), eps, *text)
 
     def generate(self, llama, h, cache, max_tokens, uniform=None, temperature=1.0):

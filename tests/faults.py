@@ -25,7 +25,9 @@ from statistics import median
 ROOT = Path(__file__).resolve().parents[1]
 CLOCKS = {"seconds", "memory_gb", "rollout_s", "score_s", "update_s"}
 STEPS = {"vae": ["--max_iters", "24", "--save_every", "4", "--eval_every", "6"],
-         "rl": ["--max_iters", "12", "--save_every", "2", "--eval_every", "3"]}
+         # few rollouts: one of many has a uniform number within rounding of a border, and takes another token
+         "rl": ["--max_iters", "12", "--save_every", "2", "--eval_every", "3",
+                "--questions_per_step", "8", "--minibatch", "64"]}
 # long enough that some answers are well formed: RL skips batches in which all rewards are equal
 WARM = ["--max_iters", "60", "--warmup", "10", "--eval_every", "0"]
 COMMON = ["--eval_size", "16", "--log_every", "1", "--threads", "1"]
@@ -209,14 +211,13 @@ def other_shape(stage, args, out, whole):
     finish(start(*args, "--out_dir", folder, "--resume", "--micro_batch", 5, processes=2))
     wrong = [] if phase else ["it ended before it was killed"]
     a, b = (max(f.glob("step-*")) for f in (folder / stage, whole))
-    # in about one run of RL in three, a uniform number within rounding of a border picks another token
-    largest, most = 0.0, 0.01 if stage == "vae" else 0.1
+    largest = 0.0
     for file in sorted(b.rglob("*.safetensors")):
         x, y = load_file(a / file.relative_to(b)), load_file(file)
         for k in y:
             worst = float((x[k] - y[k]).abs().max() / y[k].abs().max().clamp(min=1e-12))
             largest = max(largest, worst)
-            if worst > most:
+            if worst > 0.01:
                 wrong.append(f"{file.relative_to(b)} {k}: off by {worst:.2g} of its largest number")
     x, y = metrics(folder / stage), metrics(whole)
     if [(r["step"], "valid" in r) for r in x] != [(r["step"], "valid" in r) for r in y]:
