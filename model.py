@@ -303,18 +303,20 @@ class LLaMA(nn.Module):
                 model = cls(config)
         except (ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as e:
             raise ValueError(f"{path}/config.json: {one_line(e)}") from None
-        if config.tie_word_embeddings:
-            found.pop("lm_head.weight", None)  # a copy of the embedding in some files
+        # some files of tied models hold the embedding again
+        twice = found.pop("lm_head.weight", None) if config.tie_word_embeddings else None
         check_tensors(found, model.disk_parts(), path)
         model = model.to(dtype).to_empty(device=device)
         for module in model.tables():
             module.weight.data[config.vocab_size:] = 0
         for name, out in model.disk_parts().items():
-            file, stored, *_ = found[name]
-            step = 2**24 // out[0].numel() + 1  # rows at a time
-            for i in range(0, len(out), step):
-                with safe_open(file, framework="pt") as f:  # until it is closed, what was read is in memory
-                    out[i:i + step] = f.get_slice(stored)[i:i + step]
+            for rows, stored in in_parts(found[name]):
+                out[rows] = stored
+        if twice:
+            table = model.embed_tokens.weight[:config.vocab_size]
+            check_tensors({"lm_head.weight": twice}, {"lm_head.weight": table}, path)
+            if not all(torch.equal(stored.to(table), table[rows]) for rows, stored in in_parts(twice)):
+                raise ValueError(f"{path}: lm_head.weight is not the embedding, to which config.json ties it")
         return model
 
     def save_pretrained(self, path):
@@ -373,6 +375,15 @@ def tensor_headers(file):
                     for name, part in parts.items()}
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{file}: not a readable safetensors file ({one_line(e)})") from None
+
+
+def in_parts(place):
+    """(rows, these rows) of the tensor at a place that tensor_headers found, some at a time."""
+    file, name, shape, _ = place
+    step = 2**24 // math.prod(shape[1:]) + 1
+    for i in range(0, shape[0], step):
+        with safe_open(file, framework="pt") as f:  # until it is closed, what was read is in memory
+            yield slice(i, i + step), f.get_slice(name)[i:i + step]
 
 
 def check_tensors(found, wanted, path):

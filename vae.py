@@ -252,10 +252,13 @@ def text_loss(model, h, targets, weights):
     """sum_i w_i CE(logits of h_i, target_i) of h (M, d), targets and w (M,). Where all logits would be too
     many, those of some rows are made and differentiated at a time."""
     def part(h, table, targets, weights):
-        loss = F.cross_entropy(precise(model.logits(h, table)), targets, reduction="none")
+        loss = F.cross_entropy(precise(F.linear(h, table, padding)), targets, reduction="none")
         return (loss * weights).sum()
 
-    rows, table = max(1, MAX_LOGITS[h.device.type] // model.config.vocab_size), model.output_weight()
+    vocab, table = model.config.vocab_size, model.output_weight()
+    rows = max(1, MAX_LOGITS[h.device.type] // vocab)
+    padding = torch.zeros_like(table[:, 0])  # the table's last rows, which are no tokens, get no probability
+    padding[vocab:] = -math.inf
     if len(h) <= rows:
         return part(h, table, targets, weights)
     leaf, leaf_table = (x.detach().requires_grad_() for x in (h, table))

@@ -152,7 +152,7 @@ def test_save_keeps_dtype(tmp_path):
 
 
 def test_spare_tensors_of_old_checkpoints(tmp_path):
-    """A tied checkpoint may hold the output matrix, which is not read, as in transformers; old ones hold
+    """A tied checkpoint may hold the embedding again as the output matrix, but no other one; old ones hold
     rotary tables."""
     net = small()
     net.save_pretrained(tmp_path)
@@ -161,7 +161,12 @@ def test_spare_tensors_of_old_checkpoints(tmp_path):
     save_file({**load_file(file), **spare}, file)
     assert_close(LLaMA.from_pretrained(tmp_path).state_dict(), net.state_dict())
     assert LLaMA.from_pretrained(tmp_path, dtype=torch.bfloat16).lm_head is None
+    twice[60, 5] += 1
+    for other in (twice, twice[:60], twice[0]):
+        save_file({**load_file(file), "lm_head.weight": other}, file)
+        refused(tmp_path, "lm_head")
     edit(tmp_path / "config.json", {"tie_word_embeddings": False})
+    save_file({**load_file(file), "lm_head.weight": twice}, file)
     assert_close(LLaMA.from_pretrained(tmp_path).output_weight()[:61].detach(), twice)
 
 
