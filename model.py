@@ -172,10 +172,10 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(d, config.rms_norm_eps)
         self.mlp = nn.ModuleDict({"gate_up_proj": linear(d, 2 * width), "down_proj": linear(width, d)})
 
-    def forward(self, x, rope, weights, past=None, places=None, shape=None):
+    def forward(self, x, rope, weights, past=None, places=None, shape=None, keep=None):
         """x (B, T, d) -> x, (k, v). Without `past` (of KVCache.extend) a causal pass with k, v (B, KV, T, D),
         else k, v are the new tail. With `places`, x (1, M, d) lies there in a (B, T) of `shape`: only
-        attention sees padding."""
+        attention sees padding. With `keep` (R,), x (1, R, d) of these alone is returned."""
         qkv_proj, o_proj, gate_up_proj, down_proj = weights
         (H, KV, D), (cos, sin) = self.sizes, rope
         qkv = F.linear(self.input_layernorm(x), qkv_proj).unflatten(-1, (H + 2 * KV, D))  # (B, T, heads, D)
@@ -191,6 +191,8 @@ class Block(nn.Module):
             y = y if places is None else gather(y, places)
         else:
             y, k, v = attend(q, k, v, *past)
+        if keep is not None:
+            x, y = x.index_select(1, keep), y.index_select(1, keep)
         x = x + F.linear(y.flatten(2), o_proj)
         gate, up = F.linear(self.post_attention_layernorm(x), gate_up_proj).chunk(2, dim=-1)
         return x + F.linear(F.silu(gate) * up, down_proj), (k, v)
@@ -235,9 +237,10 @@ class LLaMA(nn.Module):
     def logits(self, h, table=None):
         return F.linear(h, self.output_weight() if table is None else table)[..., :self.config.vocab_size]
 
-    def hidden(self, tokens=None, embeds=None, cache=None, valid=None, places=None):
+    def hidden(self, tokens=None, embeds=None, cache=None, valid=None, places=None, keep=None):
         """Last hidden states (B, T, d) of token ids (B, T) or embeddings (B, T, d). A cache's first pass is
-        causal, and computes only `places` (M,) of the flat (B * T). `valid` (B, T): columns that count."""
+        causal, and computes only `places` (M,) of the flat (B * T); of these, only `keep` (R,) are wanted:
+        (R, d). `valid` (B, T): columns that count."""
         embeds = self.embed_tokens(tokens) if embeds is None else embeds
         (B, T), run, kv, cache = embeds.shape[:2], self.run_block, [], cache or KVCache(0)
         x = embeds if places is None else gather(embeds, places)
@@ -259,13 +262,17 @@ class LLaMA(nn.Module):
         if self.activation_checkpointing and T > 1 and torch.is_grad_enabled():
             run = partial(checkpoint, run, use_reentrant=False)
         for layer, weights, seen in zip(self.layers, cache.weights, past):
-            x, layer_kv = run(layer, x, rope, weights, seen, places, (B, T))
+            wanted = keep if layer is self.layers[-1] else None
+            x, layer_kv = run(layer, x, rope, weights, seen, places, (B, T), wanted)
             kv.append(layer_kv)
         if not starts:
             cache.tail = kv
         elif cache.size:
             cache.start(kv, valid)
-        return self.norm(x) if places is None else spread(self.norm(x), places, (B, T))
+        x = self.norm(x)
+        if keep is not None:
+            return x[0]
+        return x if places is None else spread(x, places, (B, T))
 
     @torch.no_grad()
     def add_tokens(self, ids=(), like=None):

@@ -32,7 +32,7 @@ METHODS = {  # paper, section 4: the baselines are parts switched off
 }
 START, END = "<|start-latent|>", "<|end-latent|>"
 SFT_NOISE, RL_NOISE, RL_ORDER, WEIGHTS = range(4)  # streams of random numbers of a seed
-MAX_LOGITS = {"cpu": 2**23, "cuda": 2**28}  # logits that lie in memory at once
+MAX_LOGITS = {"cpu": 2**25, "cuda": 2**28}  # logits that lie in memory at once
 STEP = "step-" + 7 * "[0-9]"  # names of checkpoints in a run's folder
 MAX_DECODED = {"cpu": 2**9, "cuda": 2**11}  # steps that are put into words at once
 
@@ -329,8 +329,8 @@ class LatentReasoner(nn.Module):
 
     def read(self, prefix, cache, embeds=None):
         """The last hidden state (B, d) of each question of a Padded, repeated for its group."""
-        h = self.policy.hidden(prefix.ids, embeds, cache, prefix.valid, prefix.places)
-        h = h[torch.arange(len(h), device=h.device), prefix.valid.sum(dim=1) - 1]
+        last = prefix.valid.sum(dim=1).cumsum(dim=0) - 1  # among the places
+        h = self.policy.hidden(prefix.ids, embeds, cache, prefix.valid, prefix.places, last)
         return h.repeat_interleave(cache.group, dim=0)
 
     def think(self, h, cache, limit, steps=None, eps=None, uniform=None):
@@ -376,7 +376,8 @@ class LatentReasoner(nn.Module):
         mean}. Gradients flow through the whole chain of latents."""
         losses, policy, prefix, N = {}, self.policy, batch.prefix, batch.max_steps
         if N == 0:
-            h = policy.hidden(prefix.ids, places=prefix.places)
+            asked = torch.searchsorted(prefix.places, batch.answer_at)
+            h = policy.hidden(prefix.ids, places=prefix.places, keep=asked)
         else:
             widths = prefix.ids.shape[1], batch.text.ids.shape[1]
             cache = KVCache(N * self.config.thoughts_per_step + widths[1])
@@ -384,6 +385,7 @@ class LatentReasoner(nn.Module):
             embeds = policy.embed_tokens(torch.cat((prefix.ids, batch.text.ids), dim=1)).split(widths, dim=1)
             plan = self.think(self.read(prefix, cache, embeds[0]), cache, N, batch.steps, batch.noise)
             h = policy.hidden(embeds=embeds[1], cache=cache, valid=batch.text.valid)
+            h = h.flatten(0, 1).index_select(0, batch.answer_at)
             if self.config.stop:
                 stops = stop_places(batch.steps, batch.stops, N + 1)
                 logits = self.stop_logits(plan.stop_z).transpose(1, 2)  # (B, 2, N + 1)
@@ -394,7 +396,6 @@ class LatentReasoner(nn.Module):
                 losses["kl"] = masked_mean(kl, first(batch.steps, N)).sum() * batch.share
             if self.decoder is not None:
                 losses["decode"] = self.decode_loss(plan.z, batch)
-        h = h.flatten(0, 1).index_select(0, batch.answer_at)  # the vocabulary only where a token is asked for
         weights = torch.full_like(batch.answer, batch.answer_share, dtype=precise(h).dtype)
         losses["answer"] = text_loss(policy, h, batch.answer, weights)
         return losses

@@ -117,6 +117,8 @@ def graphs_of_a_run():
             kind.append("padding left out")
         elif x.shape[0] == 1:
             kind.append("one row")
+        if "l_keep" in shapes:
+            kind.append("last layer")
         kind.append("gradients" if torch.is_grad_enabled() else "no gradients")
         if not shapes["l_weights_0"].requires_grad:
             kind.append("frozen")

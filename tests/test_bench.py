@@ -48,4 +48,4 @@ def test_a_run_compiles_one_graph_a_kind():
     """Only a prefix of one position, where a decoder reads one latent, has a second one."""
     kinds = counts.graphs_of_a_run()
     assert {kind for kind, n in kinds.items() if n > 1} == {"one position, over a tail, no gradients"}
-    assert kinds.total() <= 11
+    assert kinds.total() <= 13
