@@ -175,7 +175,7 @@ class Block(nn.Module):
     def forward(self, x, rope, weights, past=None, places=None, shape=None, keep=None):
         """x (B, T, d) -> x, (k, v). Without `past` (of KVCache.extend) a causal pass with k, v (B, KV, T, D),
         else k, v are the new tail. With `places`, x (1, M, d) lies there in a (B, T) of `shape`: only
-        attention sees padding. With `keep` (R,), x (1, R, d) of these alone is returned."""
+        attention sees padding. `keep` (R,), indices into M: only this x (1, R, d) is returned."""
         qkv_proj, o_proj, gate_up_proj, down_proj = weights
         (H, KV, D), (cos, sin) = self.sizes, rope
         qkv = F.linear(self.input_layernorm(x), qkv_proj).unflatten(-1, (H + 2 * KV, D))  # (B, T, heads, D)
@@ -222,6 +222,7 @@ class LLaMA(nn.Module):
         torch.fx.experimental._config.use_duck_shape = False  # sizes equal once need not stay so
         # or backward writes over a saved tensor while it needs a saved view of it: wrong gradients (2.13)
         torch._functorch.config.donated_buffer = False
+        torch._dynamo.config.optimize_ddp = False  # or it would cut blocks at DDP's buckets
         self.run_block = torch.compile(Block.forward, dynamic=True, backend=backend)
 
     def forward(self, tokens=None, embeds=None, cache=None, valid=None):
@@ -239,8 +240,8 @@ class LLaMA(nn.Module):
 
     def hidden(self, tokens=None, embeds=None, cache=None, valid=None, places=None, keep=None):
         """Last hidden states (B, T, d) of token ids (B, T) or embeddings (B, T, d). A cache's first pass is
-        causal, and computes only `places` (M,) of the flat (B * T); of these, only `keep` (R,) are wanted:
-        (R, d). `valid` (B, T): columns that count."""
+        causal, and computes only `places` (M,) of the flat (B * T). `keep` (R,): indices into places, whose
+        states are returned alone, (R, d). `valid` (B, T): columns that count."""
         embeds = self.embed_tokens(tokens) if embeds is None else embeds
         (B, T), run, kv, cache = embeds.shape[:2], self.run_block, [], cache or KVCache(0)
         x = embeds if places is None else gather(embeds, places)
@@ -384,9 +385,9 @@ def tensor_headers(file):
         raise ValueError(f"{file}: not a readable safetensors file ({one_line(e)})") from None
 
 
-def in_parts(place):
-    """(rows, these rows) of the tensor at a place that tensor_headers found, some at a time."""
-    file, name, shape, _ = place
+def in_parts(entry):
+    """(rows, these rows) of the tensor of an entry of tensor_headers, some at a time."""
+    file, name, shape, _ = entry
     step = 2**24 // math.prod(shape[1:]) + 1
     for i in range(0, shape[0], step):
         with safe_open(file, framework="pt") as f:  # until it is closed, what was read is in memory

@@ -541,10 +541,13 @@ def fit_micro_batch(run, stage):
     while True:
         run.micro_batch = len(longest)
         [batch] = micro_batches(run, longest * run.world, stage, 0)
+        # a second micro-batch, or any under DDP, finds gradients in memory
+        only = len(longest) == size and run.world == 1
         try:
-            with run.autocast():
-                losses = model(moved(batch, run.device))
-            sum(losses.values()).backward()
+            for _ in range(1 if only else 2):
+                with run.autocast():
+                    losses = model(moved(batch, run.device))
+                sum(losses.values()).backward()
             break
         except torch.OutOfMemoryError:
             if len(longest) == 1:
@@ -578,7 +581,8 @@ def train_supervised(cfg, name, given):
             if step == text_steps > 0 and model.decoder is not None:
                 model.decoder.load_state_dict(model.policy.state_dict())  # it starts as the warmed up policy
             if optimizer is None or step == opening:  # AdamW is made anew in each stage
-                optimizer = ddp = None  # the last stage's averages make room
+                optimizer = ddp = None  # the last stage's averages and buckets make room
+                gc.collect()
                 model.set_trainable(stage)
                 fit_micro_batch(run, stage)
                 ckpt = run.resumed if step > opening else None

@@ -150,7 +150,7 @@ class Batch(NamedTuple):
 
     prefix: Padded              # (B, S) question and <|start-latent|>; without latents: text
     text: Padded                # (B, T) <|end-latent|>, or the question, then remaining steps and answer
-    answer_at: torch.Tensor     # (A,) places in the flat (B * T) where a token is asked for
+    answer_at: torch.Tensor     # (A,) ascending places in the flat (B * T) where a token is asked for
     answer: torch.Tensor        # (A,) that token
     answer_share: float         # 1 / tokens asked for in the global batch
     share: float                # 1 / examples of the global batch
@@ -252,13 +252,13 @@ def text_loss(model, h, targets, weights):
     """sum_i w_i CE(logits of h_i, target_i) of h (M, d), targets and w (M,). Where all logits would be too
     many, those of some rows are made and differentiated at a time."""
     def part(h, table, targets, weights):
-        loss = F.cross_entropy(precise(F.linear(h, table, padding)), targets, reduction="none")
+        loss = F.cross_entropy(precise(F.linear(h, table, bias)), targets, reduction="none")
         return (loss * weights).sum()
 
     vocab, table = model.config.vocab_size, model.output_weight()
     rows = max(1, MAX_LOGITS[h.device.type] // vocab)
-    padding = torch.zeros_like(table[:, 0])  # the table's last rows, which are no tokens, get no probability
-    padding[vocab:] = -math.inf
+    bias = torch.zeros_like(table[:, 0])
+    bias[vocab:] = -math.inf  # rows that only pad the table are no tokens: probability 0
     if len(h) <= rows:
         return part(h, table, targets, weights)
     leaf, leaf_table = (x.detach().requires_grad_() for x in (h, table))
@@ -329,7 +329,7 @@ class LatentReasoner(nn.Module):
 
     def read(self, prefix, cache, embeds=None):
         """The last hidden state (B, d) of each question of a Padded, repeated for its group."""
-        last = prefix.valid.sum(dim=1).cumsum(dim=0) - 1  # among the places
+        last = prefix.valid.sum(dim=1).cumsum(dim=0) - 1  # indices into places
         h = self.policy.hidden(prefix.ids, embeds, cache, prefix.valid, prefix.places, last)
         return h.repeat_interleave(cache.group, dim=0)
 
@@ -376,7 +376,7 @@ class LatentReasoner(nn.Module):
         mean}. Gradients flow through the whole chain of latents."""
         losses, policy, prefix, N = {}, self.policy, batch.prefix, batch.max_steps
         if N == 0:
-            asked = torch.searchsorted(prefix.places, batch.answer_at)
+            asked = torch.searchsorted(prefix.places, batch.answer_at)  # indices into places
             h = policy.hidden(prefix.ids, places=prefix.places, keep=asked)
         else:
             widths = prefix.ids.shape[1], batch.text.ids.shape[1]

@@ -49,10 +49,10 @@ def small():
     return LatentReasoner(policy, config), examples
 
 
-def batch_of(small, rows):
+def batch_of(small, rows, stage=K):
     model, examples = small
     noise = torch.randn(rows, K, C, D, generator=torch.Generator().manual_seed(1))
-    return collate(examples[:rows], model.config, K, noise)
+    return collate(examples[:rows], model.config, stage, noise)
 
 
 def losses_and_gradients(model, batch, bf16=False):
@@ -136,13 +136,14 @@ def test_compiled_equals_eager_and_compiles_once(small, repeat):
 @needs_gpu
 @pytest.mark.parametrize("repeat", [False, True])
 def test_the_forward_pass_never_waits_for_the_gpu(small, repeat):
-    on_gpu, batch = copy.deepcopy(small[0]).to(GPU), moved(batch_of(small, 8), GPU)
+    on_gpu = copy.deepcopy(small[0]).to(GPU)
+    text, latent = (moved(batch_of(small, 8, stage), GPU) for stage in (0, K))
     for llama in on_gpu.llamas():
         llama.activation_checkpointing = repeat
-    on_gpu(batch)  # tables are moved to the GPU once
+    on_gpu(latent)  # tables are moved to the GPU once
     torch.cuda.set_sync_debug_mode("error")
     try:
-        losses = on_gpu(batch)
+        losses = on_gpu(text) | on_gpu(latent)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(losses) == 4

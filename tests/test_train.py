@@ -651,7 +651,7 @@ def test_a_log_that_is_removed_costs_no_checkpoint(tmp_path, data, monkeypatch):
 
 def test_as_many_rows_as_fit(tmp_path, data, monkeypatch):
     """--micro_batch 0 on a GPU, here a CPU that says that it is one: a process's share of the batch, of fewer
-    examples too, and half as often as it has no room."""
+    examples too, and half as often as it has no room. Fewer rows than the share must also fit beside the gradients."""
     cfg = resolve(parse(command(tmp_path, data, "--micro_batch", "0")))
     run, tried = Run(cfg, "vae"), []
     run.gpu = True
@@ -659,18 +659,21 @@ def test_as_many_rows_as_fit(tmp_path, data, monkeypatch):
     examples = read_data(run, "train")
 
     def limited(batch):
-        tried.append(len(batch.steps))
+        weight = run.model.policy.norm.weight
+        tried.append(len(batch.steps) if weight.grad is None else "beside gradients")
         if len(batch.steps) > limit:
             raise torch.OutOfMemoryError
-        return {"answer": run.model.policy.norm.weight.sum()}
+        return {"answer": weight.sum()}
 
     monkeypatch.setattr(run.model, "forward", limited)
-    for limit, count, rows in ((8, 40, [8]), (3, 40, [8, 4, 2]), (8, 3, [8]), (0, 40, [8, 4, 2, 1])):
+    again = "beside gradients"
+    for limit, count, found, rows in ((8, 40, 8, [8]), (3, 40, 2, [8, 4, 2, again]), (8, 3, 8, [8]),
+                                      (0, 40, None, [8, 4, 2, 1])):
         run.train = examples[:count]
         tried.clear()
         if limit:
             module.fit_micro_batch(run, 1)
-            assert run.micro_batch == rows[-1]
+            assert run.micro_batch == found and run.model.policy.norm.weight.grad is None
         else:
             with pytest.raises(ValueError, match="not even one example fits"):
                 module.fit_micro_batch(run, 1)
