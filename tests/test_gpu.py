@@ -168,11 +168,11 @@ def weights(folder):
             for file in sorted(ckpt.rglob("*.safetensors")) for k, v in load_file(file).items()}
 
 
-def test_resume_equals_no_stop(tmp_path, monkeypatch):
+def test_resume_equals_no_stop(tmp_path, data, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        flags = [*SMALL, "--max_iters", "12"]
+        flags = [*SMALL, "--data", data, "--max_iters", "12"]
         train.main([*flags, "--out_dir", str(tmp_path / "whole")])
         with monkeypatch.context() as m, pytest.raises(SystemExit):
             m.setattr(train.Run, "asked_to_stop", lambda self: self.step == 7)

@@ -591,7 +591,7 @@ def test_loading_holds_no_second_copy(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-@torch._inductor.config.patch(force_disable_caches=True)
+@torch._inductor.config.patch({"force_disable_caches": True, "cpp.simdlen": 1})  # 1: compiles faster
 def test_gradients_of_inductor_through_a_chain():
     """Those of two latents equal eager ones. Unless compile_blocks turns off donated buffers, backward of 2.13
     writes over attention's probabilities before it has read a view of them."""
