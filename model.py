@@ -116,20 +116,21 @@ class KVCache:
     def __init__(self, size, group=1):
         self.size, self.group, self.prefix = size, group, None
         self.weights = None  # the matrices of each layer, cast once and not at every position
+        self.inputs, self.graph = None, None  # of replay
 
-    def start(self, kv, valid):
-        """Keep kv of the first pass, which count where `valid` (Q, S) is set."""
-        self.prefix = [(k.contiguous(), v.contiguous()) for k, v in kv]
-        k = kv[0][0]
+    def start(self, valid):
+        """The first pass, whose columns count where `valid` (Q, S) is set, becomes the prefix."""
+        self.prefix = [(k.contiguous(), v.contiguous()) for k, v in self.prefix]
+        k = self.prefix[0][0]
         Q, KV, self.filled, D = k.shape  # filled: columns that are written
         # with a gradient, as later tails, or the first latent would be compiled apart
         empty = partial(k.new_zeros, (Q, KV, self.group, self.size, D), requires_grad=k.requires_grad)
-        self.tail = [(empty(), empty()) for _ in kv]
+        self.tail = [(empty(), empty()) for _ in self.prefix]
         self.counts = F.pad(valid.repeat_interleave(self.group, dim=0), (0, self.size))  # (B, S + N)
 
     def extend(self, valid, dtype):
-        """T new columns, which count where `valid` (B, T) is set. Returns positions (B, T) and for each layer
-        what attend takes: prefix, tail, columns of the tail (T,), bias (Q, 1, G, 1, T, S + N)."""
+        """T new columns, which count where `valid` (B, T) is set. Returns positions (B, T) and what attend
+        takes: columns of the tail (T,), bias (Q, 1, G, 1, T, S + N)."""
         columns = torch.arange(self.counts.shape[1], device=valid.device)
         start, self.filled = self.filled, self.filled + valid.shape[1]
         new = columns[start:self.filled]
@@ -137,8 +138,21 @@ class KVCache:
         positions = (self.counts.cumsum(dim=1)[:, start:self.filled] - 1).clamp(min=0)
         visible = self.counts[:, None] & (columns <= new[:, None])  # (B, T, S + N)
         bias = torch.where(visible, 0.0, -math.inf).to(dtype).unflatten(0, (-1, self.group))[:, None, :, None]
-        new = new - (len(columns) - self.size)
-        return positions, [(*kv, *tail, new, bias) for kv, tail in zip(self.prefix, self.tail)]
+        return positions, new - (len(columns) - self.size), bias
+
+    def replay(self, f, *inputs):
+        """f(*inputs), which does the same to this cache each time: a CUDA graph, one launch, from the second
+        call on. Tensors that f finds elsewhere must stay where they are."""
+        if self.inputs is None:  # kernels are compiled and loaded by a first call, not by a capture
+            self.inputs = inputs
+            return f(*inputs)
+        torch._foreach_copy_(self.inputs, inputs)
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # NCCL has its own thread
+                self.output = f(*self.inputs)
+        self.graph.replay()
+        return self.output.clone()
 
 
 def attend(q, k, v, prefix_k, prefix_v, tail_k, tail_v, columns, bias):
@@ -210,7 +224,7 @@ class LLaMA(nn.Module):
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(d, vocab, bias=False)
         self.inv_freq = rope_frequencies(config)  # no buffer: model.bfloat16() must not round it
         self.run_block = Block.forward  # compile_blocks puts a compiled one in its place
-        self.activation_checkpointing = False
+        self.activation_checkpointing = self.cuda_graphs = False
         for name, p in self.named_parameters():
             if p.dim() > 1:  # as GPT-2, smaller on residual branches; d**-0.5 is 0.02 at d = 2048
                 branch = name.endswith(("o_proj.weight", "down_proj.weight"))
@@ -224,6 +238,7 @@ class LLaMA(nn.Module):
         torch._functorch.config.donated_buffer = False
         torch._dynamo.config.optimize_ddp = False  # or it would cut blocks at DDP's buckets
         self.run_block = torch.compile(Block.forward, dynamic=True, backend=backend)
+        self.cuda_graphs = self.output_weight().is_cuda
 
     def forward(self, tokens=None, embeds=None, cache=None, valid=None):
         return self.logits(self.hidden(tokens, embeds, cache, valid))
@@ -243,37 +258,47 @@ class LLaMA(nn.Module):
         causal, and computes only `places` (M,) of the flat (B * T). `keep` (R,): indices into places, whose
         states are returned alone, (R, d). `valid` (B, T): columns that count."""
         embeds = self.embed_tokens(tokens) if embeds is None else embeds
-        (B, T), run, kv, cache = embeds.shape[:2], self.run_block, [], cache or KVCache(0)
+        (B, T), cache = embeds.shape[:2], cache or KVCache(0)
         x = embeds if places is None else gather(embeds, places)
         x = x.clone(memory_format=torch.contiguous_format)  # compiled code would depend on a view's base
         valid = torch.ones(B, T, dtype=torch.bool, device=x.device) if valid is None else valid
         starts = cache.prefix is None
         if starts:
-            positions = (torch.arange(T, device=x.device) if places is None else places % T)[None]
-            past = [None] * len(self.layers)
+            positions, past = (torch.arange(T, device=x.device) if places is None else places % T)[None], ()
             dtype = product_dtype(x)
             cache.weights = [[p.to(dtype) for p in layer.parameters() if p.dim() > 1]
                              for layer in self.layers]
         else:
-            positions, past = cache.extend(valid, x.dtype)
+            positions, *past = cache.extend(valid, x.dtype)
         self.inv_freq = self.inv_freq.to(x.device)
         angles = positions[..., None, None].float() * self.inv_freq.repeat(2)  # (B, T, 1, D)
         rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        # wide passes keep much for backward and are cheap to repeat; single positions are neither
-        if self.activation_checkpointing and T > 1 and torch.is_grad_enabled():
-            run = partial(checkpoint, run, use_reentrant=False)
-        for layer, weights, seen in zip(self.layers, cache.weights, past):
-            wanted = keep if layer is self.layers[-1] else None
-            x, layer_kv = run(layer, x, rope, weights, seen, places, (B, T), wanted)
-            kv.append(layer_kv)
-        if not starts:
-            cache.tail = kv
-        elif cache.size:
-            cache.start(kv, valid)
-        x = self.norm(x)
+        run = partial(self.run_layers, cache, places, (B, T), keep)
+        if self.cuda_graphs and T == 1 and not starts and not torch.is_grad_enabled():
+            run = partial(cache.replay, run)
+        x = run(x, *rope, *past)
+        if starts and cache.size:
+            cache.start(valid)
         if keep is not None:
             return x[0]
         return x if places is None else spread(x, places, (B, T))
+
+    def run_layers(self, cache, places, shape, keep, x, cos, sin, *past):
+        """All blocks and the last norm. past: what extend gives, () in the first pass."""
+        run, kv = self.run_block, []
+        # wide passes keep much for backward and are cheap to repeat; single positions are neither
+        if self.activation_checkpointing and shape[1] > 1 and torch.is_grad_enabled():
+            run = partial(checkpoint, run, use_reentrant=False)
+        for i, layer in enumerate(self.layers):
+            seen = (*cache.prefix[i], *cache.tail[i], *past) if past else None
+            wanted = keep if layer is self.layers[-1] else None
+            x, layer_kv = run(layer, x, (cos, sin), cache.weights[i], seen, places, shape, wanted)
+            kv.append(layer_kv)
+        if past:
+            cache.tail = kv
+        else:
+            cache.prefix = kv
+        return self.norm(x)
 
     @torch.no_grad()
     def add_tokens(self, ids=(), like=None):

@@ -1,7 +1,10 @@
-"""What a step computes lies on the model's device. The meta device stands for a GPU here: it knows shapes alone, so
-where the code asks for a value it is given a one."""
+"""Two things of a GPU, where there is none. What a step computes lies on the model's device: the meta device stands for
+a GPU here; it knows shapes alone, so where the code asks for a value it is given a one. And a position that is replayed as
+a CUDA graph: operators that are recorded stand for it."""
 
+import math
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import naive
 import pytest
@@ -13,17 +16,21 @@ import model
 import train
 import vae
 from rl import LogProbs, rl_step
-from vae import Padded, collate, moved
+from vae import Noise, Padded, collate, moved
 
 META = torch.device("meta")
 MOVES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+
+
+def tensors(tree):
+    return [x for x in tree_leaves(tree) if torch.is_tensor(x)]
 
 
 class OneDevice(TorchDispatchMode):
     """Refuses an operator whose tensors, single numbers apart, lie on two devices."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        devices = {x.device.type for x in tree_leaves((args, kwargs)) if torch.is_tensor(x) and x.dim()}
+        devices = {x.device.type for x in tensors((args, kwargs)) if x.dim()}
         assert func in MOVES or len(devices) < 2, f"{func} of tensors on {devices}"
         return func(*args, **kwargs or {})
 
@@ -50,9 +57,35 @@ def meta(monkeypatch):
     monkeypatch.setitem(vae.MAX_LOGITS, "meta", 43 * 3)
 
 
-class Words:
-    def decode(self, ids):
-        return "### 1"
+class Graph(TorchDispatchMode):
+    """torch.cuda.CUDAGraph and torch.cuda.graph: what runs under it is recorded but not done, and replay does it, from the
+    same memory into the same memory."""
+
+    made = []
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.replays = [], 0
+        self.made.append(self)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        before = [(x, x.clone()) for x in tensors(args)]
+        out = func(*args, **kwargs or {})
+        for x, value in before:
+            x.copy_(value)
+        memory = {x.untyped_storage().data_ptr() for x, _ in before}
+        for x in tensors(out):
+            if x.untyped_storage().data_ptr() not in memory:  # neither a view nor in place: not known yet
+                x.fill_(math.nan if x.is_floating_point() else 0)
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        self.replays += 1
+        for func, args, kwargs, out in self.calls:
+            for x, value in zip(tensors(out), tensors(func(*args, **kwargs))):
+                x.copy_(value)
+
 
 
 @pytest.mark.parametrize("method", ("atp", "nocot"))
@@ -71,7 +104,7 @@ def test_nothing_stays_on_the_cpu(method, meta):
         sgd = torch.optim.SGD(net.parameters(), lr=0.1)
         for latent_grad in ("score", "path"):
             log_probs, reference = (LogProbs(net, latent_grad) for _ in range(2))
-            stats = rl_step(run, log_probs, reference, sgd, rows, Words(), 0)
+            stats = rl_step(run, log_probs, reference, sgd, rows, SimpleNamespace(decode=lambda ids: "### 1"), 0)
             assert "kl" in stats  # it made its update
     assert {value.device.type for value in losses.values()} == {"meta"}
 
@@ -79,3 +112,28 @@ def test_nothing_stays_on_the_cpu(method, meta):
 def test_a_tensor_on_the_cpu_is_refused():
     with OneDevice(), pytest.raises(AssertionError, match="index_select"):
         torch.ones(3, device=META).index_select(0, torch.tensor([0]))
+
+
+@pytest.mark.parametrize("method, temperature", (("atp", 0.0), ("atp", 1.0), ("simcot", 1.0)))
+def test_positions_replayed_as_cuda_graphs_equal_eager_ones(method, temperature, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: graph)
+    monkeypatch.setattr(Graph, "made", [])
+    net, questions = naive.tiny(method, K=4, seed=3), [e.question for e in naive.examples(8)]
+    noise = Noise.draw(24, net.config, 16, 8, torch.Generator().manual_seed(1))
+    found = []
+    for graphs in (False, True):
+        for llama in net.llamas():
+            llama.cuda_graphs = graphs
+        rollout = net.rollout(questions, 3, noise, 8, temperature)
+        words = net.plan_texts(rollout.plan.z, rollout.plan.steps, SimpleNamespace(decode=str))
+        with torch.no_grad():  # single positions, then a wide pass
+            found.append((rollout, words, LogProbs(net, "path")(rollout)))
+    for one, other in zip(*map(tree_leaves, found), strict=True):
+        assert torch.equal(one, other) if torch.is_tensor(one) else one == other
+    assert len(set(sum(words, []))) > 3
+    assert len(Graph.made) == 3  # of rollout, decoder, log-probabilities
+    assert min(graph.replays for graph in Graph.made) > 3
+    assert method == "simcot" or len(set(rollout.plan.steps.tolist())) > 2  # some rows end earlier
+    LogProbs(net, "path")(rollout)  # with gradients
+    assert len(Graph.made) == 3
