@@ -514,12 +514,17 @@ def curriculum(cfg, latent, n):
     return [(s, a, b) for s, a, b in zip(steps, ends, ends[1:]) if b > a]
 
 
-def micro_batches(run, examples, stage, step):
+def sft_noise(run, rows, stage, step):
+    """Of the latents of a global batch of so many rows; None where nothing is sampled."""
+    cfg, d = run.cfg, run.model.policy.config.hidden_size
+    shape = rows, min(stage + 1, cfg.max_steps), cfg.thoughts_per_step, d
+    sampled = run.model.config.vae and stage > 0
+    return torch.randn(shape, generator=generator(cfg.seed, SFT_NOISE, step)) if sampled else None
+
+
+def micro_batches(run, examples, stage, noise):
     """This process's parts of a global batch, as Batches on the CPU."""
-    config, cfg, noise = run.model.config, run.cfg, None
-    if config.vae and stage > 0:
-        shape = min(stage + 1, cfg.max_steps), cfg.thoughts_per_step, run.model.policy.config.hidden_size
-        noise = torch.randn(len(examples), *shape, generator=generator(cfg.seed, SFT_NOISE, step))
+    config = run.model.config
     tokens = sum(len(remaining_text(e, config, stage)) for e in examples)
     # rows of like length go together: less padding, the same batch
     order = np.argsort([len(e) for e in examples], kind="stable")
@@ -540,7 +545,8 @@ def fit_micro_batch(run, stage):
     held = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]  # AdamW's
     while True:
         run.micro_batch = len(longest)
-        [batch] = micro_batches(run, longest * run.world, stage, 0)
+        noise = sft_noise(run, len(longest) * run.world, stage, 0)
+        [batch] = micro_batches(run, longest * run.world, stage, noise)
         # a second micro-batch, or any under DDP, finds gradients in memory
         only = len(longest) == size and run.world == 1
         try:
@@ -587,9 +593,9 @@ def train_supervised(cfg, name, given):
                 fit_micro_batch(run, stage)
                 ckpt = run.resumed if step > opening else None
                 optimizer = make_optimizer(model, cfg, cfg.weight_decay, ckpt)
-                ddp = run.wrap(model.train())
+                ddp, noise = run.wrap(model.train()), sft_noise(run, cfg.batch_size, stage, step)
             examples = [run.train[i] for i in batch_indices(cfg.seed, step, len(run.train), cfg.batch_size)]
-            batches, parts = list(micro_batches(run, examples, stage, step)), {}
+            batches, parts = list(micro_batches(run, examples, stage, noise)), {}
             for i, batch in enumerate(batches):
                 with run.no_sync(ddp, i + 1 < len(batches)):
                     with run.autocast():
@@ -597,6 +603,8 @@ def train_supervised(cfg, name, given):
                     loss = sum(weights[k] * v for k, v in losses.items())
                     (loss * run.world).backward()  # DDP takes the mean; the losses are shares of a sum
                 parts = {k: parts.get(k, 0.0) + v.detach() * run.world for k, v in losses.items()}
+            # while a GPU is still busy: at 1B this takes 60 ms
+            noise = sft_noise(run, cfg.batch_size, stage, step + 1)
             norm = run.clip_gradients(optimizer, cfg.clip)
             # one cosine over the text stage, another over all latent stages, a warm-up for each optimizer
             progress = (step - text_steps) / (total - text_steps) if stage else step / text_steps

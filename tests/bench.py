@@ -51,7 +51,7 @@ from eval import evaluate  # noqa: E402
 from model import LLaMA, LLaMAConfig, write_json  # noqa: E402
 from rl import LogProbs, rl_step, update  # noqa: E402
 from train import (Config, Run, batch_indices, defaults, make_optimizer, micro_batches,  # noqa: E402
-                   reuse_memory, set_lr)
+                   reuse_memory, set_lr, sft_noise)
 from vae import (END, METHODS, START, LatentConfig, LatentReasoner, Noise, generator, moved,  # noqa: E402
                  remaining_text, text_loss)
 
@@ -237,18 +237,20 @@ def median(results, key):
     return float(np.median([r[key] for r in results[1:]]))
 
 
-def sft_step(run, ddp, optimizer, examples, stage, step):
-    """The optimizer step of train.train_supervised."""
+def sft_step(run, ddp, optimizer, examples, stage, noise, step):
+    """The optimizer step of train.train_supervised. Returns the next step's noise."""
     weights = {"answer": 1.0, "stop": 1.0, "decode": run.cfg.decode_coef, "kl": run.cfg.beta_kl}
-    batches = list(micro_batches(run, examples, stage, step))
+    batches = list(micro_batches(run, examples, stage, noise))
     for i, batch in enumerate(batches):
         with run.no_sync(ddp, i + 1 < len(batches)):
             with run.autocast():
                 losses = ddp(moved(batch, run.device))
             sum(weights[k] * v for k, v in losses.items()).backward()
+    noise = sft_noise(run, len(examples), stage, step + 1)
     run.clip_gradients(optimizer, run.cfg.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    return noise
 
 
 def supervised(b):
@@ -257,11 +259,13 @@ def supervised(b):
     b.model.train()
     optimizer = make_optimizer(b.model, b.run.cfg, b.run.cfg.weight_decay)
     set_lr(optimizer, 1e-6, 1.0, 0.0, 1.0)
-    ddp = b.run.wrap(b.model)
+    ddp, K = b.run.wrap(b.model), b.spec["K"]
+    noise = [sft_noise(b.run, b.spec["batch"], K, 1)]  # of the next step
 
     def work(step):
         batch = b.batch(step, b.spec["batch"])
-        s = timed(lambda: sft_step(b.run, ddp, optimizer, batch, b.spec["K"], step), b.device)
+        one = lambda: noise.append(sft_step(b.run, ddp, optimizer, batch, K, noise.pop(), step))
+        s = timed(one, b.device)
         return {"s": s, "flops": b.useful_flops(batch)}
     return work
 

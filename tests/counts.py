@@ -30,7 +30,7 @@ import vae as vae_module
 from builtin_task import line
 from data import load
 from model import KVCache, LLaMA, LLaMAConfig
-from train import micro_batches
+from train import micro_batches, sft_noise
 from vae import moved
 
 ROOT = str(Path(model_module.__file__).resolve().parent)
@@ -216,7 +216,8 @@ def kept_bytes(mode, b, examples, repeat):
     real = model_module.checkpoint
     b.run.micro_batch = len(examples)
     with unset_fake_temporarily():  # a batch is made of numbers
-        batch = next(micro_batches(b.run, examples, b.spec["K"], 1))
+        noise = sft_noise(b.run, len(examples), b.spec["K"], 1)
+        batch = next(micro_batches(b.run, examples, b.spec["K"], noise))
     with mode, ExitStack() as stack:
         stack.enter_context(mock.patch.object(model_module, "checkpoint", checkpoint))
         # in parts it keeps its gradients, as large as what it is given
