@@ -3,7 +3,6 @@
     python data.py gsm8k svamp [--from DIR]     download these and check their SHA-256 (copy what DIR has)
 """
 import argparse
-import functools
 import gzip
 import hashlib
 import json
@@ -31,7 +30,7 @@ MAX_NUMBER = 64  # characters
 DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
 NUMBER = re.compile(rf"((?:[-+]?\$?|\$[-+]){DIGITS})%?\.?")
 ANSWER = re.compile(rf"(?:\*\*)?(?:\\boxed\{{)?([-+]?(?:[$€£] ?)?[-+]?{DIGITS})%?[*}}.,;:!?)]*(?!\S)")
-STEP = re.compile(r"<<([^<>=\n]*)=([^<>=\n]*)>>")
+STEP = re.compile(r"<<([^<>=]*)=([^<>=]*)>>")
 TERM = re.compile(rf"(?:^|(?!^)(?://|[-+*/x×÷])) ?(?:[-+]? ?\( ?)*([-+]?) ?\$?({DIGITS})%?(?: ?\))* ?")
 
 
@@ -44,26 +43,25 @@ def parse_number(text):
 
 def format_number(number):
     """The shortest plain form: 51.0 -> "51"."""
-    text = format(number, "f")
+    text = f"{number:f}"
     text = text.rstrip("0").rstrip(".") if "." in text else text
     return "0" if text == "-0" else text
 
 
 def numbers_equal(a, b):
-    """|a - b| < 1e-3, as in PAL's evaluation of GSM-Hard."""
+    """As in PAL's evaluation of GSM-Hard."""
     return abs(a - b) < Decimal("0.001")
 
 
 def extract_answer(text):
     """The number after the last "###" or "####" in plain form, or None: "### $ 72, in total" -> "72"."""
     _, marker, rest = text.rpartition("###")
-    match = ANSWER.match(rest.lstrip()[:2 * MAX_NUMBER].replace("−", "-")) if marker else None
+    match = ANSWER.match(rest.lstrip().replace("−", "-")) if marker else None
     number = parse_number(re.sub("[$€£ ]", "", match[1])) if match else None
     return None if number is None else format_number(number)
 
 
 def is_correct(text, example):
-    """Whether the generated `text` gives the example's answer."""
     answer = extract_answer(text)
     return answer is not None and numbers_equal(Decimal(answer), Decimal(example.answer))
 
@@ -71,7 +69,7 @@ def is_correct(text, example):
 def well_formed(text):
     """Whether `text` is "### <number>" and nothing else."""
     match = re.fullmatch(r"\s*### (\S+)\s*", text)
-    return match is not None and parse_number(match[1]) is not None
+    return bool(match) and parse_number(match[1]) is not None
 
 
 def parse_step(text):
@@ -96,7 +94,7 @@ def parse_step(text):
 ASSETS = Path(__file__).with_name("assets") / "builtin"  # the built-in task, made by tests/builtin_task.py
 TEST_SETS = ("in_dist", "hard", "reworded", "easy")  # like the paper's GSM8K, GSM-Hard, SVAMP, MultiArith
 BUILTIN = {"builtin": ("train", "valid"), "chain": ("train", "valid", "test"),
-           **{name: ("test",) for name in TEST_SETS}}
+           **dict.fromkeys(TEST_SETS, ("test",))}
 # name -> split -> [file, SHA-256, address]
 DATASETS = json.loads(ASSETS.with_name("datasets.json").read_text())
 HELD_OUT = 500  # items at the end of "train" that are "valid" where a dataset has none
@@ -104,15 +102,14 @@ FORMS = [  # keys of an item; the last is the answer
     ("question", "answer"),  # GSM8K; with "steps" Coconut, ATP-Latent; with "cot" GSM8K-Aug on hubs
     ("problem", "answer"), ("input", "target"),  # the latter: PAL's GSM-Hard and MultiArith
     ("Body", "Question", "Equation", "Answer")]  # SVAMP
-_json = functools.partial(json.loads, parse_float=Decimal)
+_json = json.JSONDecoder(parse_float=Decimal).decode
 
 
 def load(name, split, data_dir="data"):
     """The examples of one split ("train", "valid", "test") of a dataset, or of a user's file: "test" is all
     of it, "valid" the last 5 % (1 to HELD_OUT), "train" the rest."""
-    files = DATASETS.get(name, {"train": [name], "test": [name]})
-    if name in BUILTIN:
-        files = {s: [ASSETS / f"{name}_{s}.txt.gz"] for s in BUILTIN[name]}
+    files = {s: [ASSETS / f"{name}_{s}.txt.gz"] for s in BUILTIN.get(name, ())}
+    files = files or DATASETS.get(name, {"train": [name], "test": [name]})
     source = "train" if split == "valid" and "valid" not in files else split
     if source not in files:
         raise ValueError(f"{name} has no split '{split}'")
@@ -129,19 +126,18 @@ def load(name, split, data_dir="data"):
 
 def read_file(path, skip_bad=False):
     """The examples of a JSON array or of lines, packed if built in. Errors are "file:line: what is wrong"."""
-    path, examples = Path(path), []
-    content, name = path.read_bytes(), path.name.removesuffix(".gz")
-    try:
-        content = gzip.decompress(content) if path.resolve().parent == ASSETS.resolve() else content
-        text = re.sub("\r\n?", "\n", content.decode("utf-8-sig", "surrogateescape"))
-        items = _json(text) if text.lstrip().startswith("[") else text.split("\n")
-    except Exception as error:
-        raise ValueError(f"{path}: broken ({error})") from None
+    examples, unpack = [], gzip.open if path.parent == ASSETS else open
+    with unpack(path, "rt", encoding="utf-8-sig", errors="surrogateescape") as file:
+        try:
+            text = file.read()  # with \n for \r\n and \r
+            items = _json(text) if text.lstrip().startswith("[") else text.split("\n")
+        except Exception as error:
+            raise ValueError(f"{path}: broken ({error})") from None
     for number, item in enumerate(items, 1):
         if isinstance(item, str) and not item.strip():
             continue
         try:
-            examples.append(Example(*parse(item), f"{name}:{number}"))
+            examples.append(Example(*parse(item), f"{path.name.removesuffix('.gz')}:{number}"))
         except Exception as error:
             if not skip_bad:
                 raise ValueError(f"{path}:{number}: {error}") from None
@@ -153,11 +149,9 @@ def read_file(path, skip_bad=False):
 
 def parse(item):
     """A line (JSON, or "question||<<48/2=24>> #### 24") or a dict of FORMS -> (question, steps, answer)."""
-    if isinstance(item, str) and item.lstrip().startswith("{"):
-        item = _json(item)
-    elif isinstance(item, str):
+    if isinstance(item, str):
         question, _, answer = item.rpartition("||")
-        item = {"question": question, "answer": answer}
+        item = _json(item) if item.lstrip().startswith("{") else {"question": question, "answer": answer}
     keys = next((form for form in FORMS if isinstance(item, dict) and item.keys() >= set(form)), None)
     if keys is None:
         raise ValueError(f"neither 'question||<<..>> #### answer' nor an object with keys as {FORMS}")
@@ -181,22 +175,19 @@ def parse(item):
 
 # --- tokenizer ---
 
-# How text is cut into pieces, within which bytes are merged. DIGITS_PATTERN also cuts at every digit.
+# How text is cut before bytes are merged. DIGITS_PATTERN also cuts at every digit.
 GPT2_PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGITS_PATTERN = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
 EOS_NAMES = ("<|end_of_text|>", "<|im_end|>", "<|endoftext|>", "<eos>")
 MAX_TEXT = 250_000  # characters; millions of blanks overflow the stack of tiktoken's regex engine
 MAX_ID = 2**24
-BYTES = [bytes([b]) for b in range(256)]
-# tokenizer.json writes each byte as one printable character, by GPT-2's table
-_others = [b for b in range(256) if not chr(b).isprintable() or b == 0x20]
-BYTE_TO_CHAR = {b: chr(256 + _others.index(b) if b in _others else b) for b in range(256)}
-CHAR_TO_BYTE = {ord(c): b for b, c in BYTE_TO_CHAR.items()}
+# tokenizer.json writes a printable byte as that character, the others as those from 256 on (GPT-2's table)
+CHAR_TO_BYTE = dict(enumerate((b for b in range(256) if not chr(b).isprintable() or b == ord(" ")), 256))
 
 
 class Tokenizer:
     """Byte-level BPE by tiktoken, whose ranks are the ids of `file`, the content of a tokenizer.json.
-    special: {name: id}; vocab_size: highest id + 1; bos_id, eos_id: int or None."""
+    special: {name: id}; bos_id, eos_id: int or None."""
 
     def __init__(self, file):
         self.file, vocab, merges = file, file["model"]["vocab"], file["model"]["merges"]
@@ -214,7 +205,7 @@ class Tokenizer:
         if file.get("normalizer") and file["normalizer"].get("normalizers") != []:
             raise ValueError("a normalizer is not supported")
         # tiktoken needs every byte; encode_ordinary drops those that the vocabulary lacks
-        ranks = {byte: MAX_ID + byte[0] for byte in BYTES} | tokens
+        ranks = {bytes([b]): MAX_ID + b for b in range(256)} | tokens
         pattern = _pattern(file["pre_tokenizer"])
         self._bpe = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         self.vocab_size = ids[-1] + 1
@@ -246,7 +237,7 @@ class Tokenizer:
         return self
 
     def save_pretrained(self, directory):
-        """Write tokenizer.json and tokenizer_config.json, for transformers as well."""
+        """For transformers as well."""
         names = {id: name for name, id in self.special.items()}
         stated = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": names.get(self.bos_id),
                   "eos_token": names.get(self.eos_id)}
@@ -265,10 +256,9 @@ class Tokenizer:
 
     def decode(self, ids):
         """Ids -> text, with U+FFFD for broken UTF-8 and unknown ids."""
-        return b"".join(self._bytes.get(int(id), b"\xff") for id in ids).decode(errors="replace")
+        return b"".join(self._bytes.get(id, b"\xff") for id in ids).decode(errors="replace")
 
     def end_id(self):
-        """eos_id, or a ValueError."""
         if self.eos_id is None:
             raise ValueError("the tokenizer has no end token: tokenizer_config.json needs an eos_token")
         return self.eos_id
@@ -325,8 +315,8 @@ def encode_example(example, tokenizer):
 
 def encode_all(examples, tokenizer, max_len):
     """Encode those of at most max_len ids, start and end of latents included -> (encoded, number skipped)."""
-    short = [e for e in examples if len(e.question) + sum(map(len, e.steps)) < MAX_TEXT]
-    encoded = (encode_example(e, tokenizer) for e in short)
+    encoded = (encode_example(e, tokenizer) for e in examples
+               if len(e.question) + sum(map(len, e.steps)) < MAX_TEXT)
     kept = [item for item in encoded if len(item) + len(item.answer) + 2 <= max_len]
     return kept, len(examples) - len(kept)
 
@@ -363,7 +353,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def cli(main):
-    """Run main(). An error is one line, its exit status 2 if the user can mend it, else 1; 130: Ctrl-C."""
+    """Run main(). An error is one line, its exit status 2 if the user can mend it, else 1."""
     try:
         sys.exit(main())
     except (ValueError, OSError, FloatingPointError) as error:
@@ -375,12 +365,12 @@ def cli(main):
         sys.exit(130)
 
 
-def main(argv=None):
-    parser = Parser(prog="data.py", description="Download datasets and check their SHA-256.")
+def main():
+    parser = Parser(description="Download datasets and check their SHA-256.")
     parser.add_argument("names", nargs="+", choices=["all", *DATASETS])
     parser.add_argument("--from", dest="source_dir", metavar="DIR", help="copy the files that DIR has")
     parser.add_argument("--data_dir", default="data", help="where the files go (default: data)")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     for name in DATASETS if "all" in args.names else args.names:
         for source in DATASETS[name].values():
             print(f"{download(*source, args.data_dir, args.source_dir)}: ok")

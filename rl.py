@@ -18,13 +18,12 @@ from vae import (RL_NOISE, Noise, gaussian_kl, gaussian_logp, generator, masked_
 def coherence(steps, answer):
     """Share of coherent steps of a plan (decoded texts) with an answer (text or None), or 0. A step is
     coherent if a later one uses its result; the last, if its result is the answer."""
-    parsed = [parse_step(text) for text in steps]
-    operands = [step[0] if step else [] for step in parsed]
-    answer, coherent = parse_number(answer or ""), 0
-    for k, step in enumerate(parsed, 1):
-        wanted = sum(operands[k:], []) if k < len(parsed) else [answer]
-        coherent += any(step and x is not None and numbers_equal(step[1], x) for x in wanted)
-    return coherent / max(1, len(parsed))
+    wanted, later, coherent = [parse_number(answer or "")], [], 0
+    for text in reversed(steps):
+        operands, result = parse_step(text) or ([], None)
+        coherent += any(numbers_equal(result, x) for x in wanted if None not in (result, x))
+        wanted = later = later + operands
+    return coherent / max(1, len(steps))
 
 
 def score(model, rollout, examples, tokenizer, w_acc=1.0, w_fmt=0.5, w_coh=0.1):
@@ -86,8 +85,7 @@ class LogProbs(nn.Module):
     def forward(self, rollout):
         policy, config, plan = self.model.policy, self.model.config, rollout.plan
         (N, c), A = plan.z.shape[1:3], rollout.tokens.shape[1]
-        used, written = first(plan.steps, N), first(rollout.lengths, A)
-        cache = KVCache(N * c + A, rollout.group)
+        cache, written = KVCache(N * c + A, rollout.group), first(rollout.lengths, A)
         h = self.model.read(rollout.prefix, cache)  # (B, d)
         skip = 0 if config.latent else 1  # the prefix gives the first token
         text = nn.functional.pad(rollout.tokens[:, :-1], (1, 0), value=config.end_id)[:, skip:]
@@ -99,13 +97,13 @@ class LogProbs(nn.Module):
         else:
             text = policy.embed_tokens(text)
             inputs = torch.cat((plan.z.flatten(1, 2).to(text.dtype), text), dim=1)
-            valid = torch.cat((used.repeat_interleave(c, dim=1), written[:, skip:]), dim=1)
+            valid = torch.cat((first(plan.steps * c, N * c), written[:, skip:]), dim=1)
             h = h[:, None]  # and the state after each input
             if inputs.shape[1]:
                 h = torch.cat((h, policy.hidden(embeds=inputs, cache=cache, valid=valid)), dim=1)
             if config.vae:
                 mu, logvar = self.model.latent(h[:, :N * c].unflatten(1, (N, c)))
-                latent = gaussian_logp(plan.z, mu, logvar) * used[..., None]
+                latent = gaussian_logp(plan.z, mu, logvar) * first(plan.steps, N)[..., None]
         if config.stop:
             go, halt = self.model.stop_logits(stop_z).log_softmax(dim=-1).unbind(dim=-1)
             stop = go * first(plan.steps, N + 1) + halt * stop_places(plan.steps, plan.stopped, N + 1)
@@ -118,18 +116,18 @@ def divergence(new, reference, rollout):
     """KL(policy || reference) of each rollout (B,): the sum of three means. Over latents (by score): closed
     form, summed over d. Over stops and over tokens: q/p - log q/p - 1, p the policy, q the reference (GRPO,
     arXiv 2402.03300, equation 4), whose mean over samples of p is KL(p || q)."""
-    steps, N, parts = rollout.plan.steps, rollout.plan.z.shape[1], []
+    steps, parts = rollout.plan.steps, []
     if new.mu is not None:  # in the units of the reference, which is N(0, 1) there
         mu = (new.mu - reference.mu) * torch.exp(-0.5 * reference.logvar)
         kl = gaussian_kl(mu, new.logvar - reference.logvar) * mu.shape[-1]  # (B, N, c)
-        parts.append(masked_mean(kl, first(steps, N)[..., None].expand_as(kl)))
-    choices = [(new.token, reference.token, first(rollout.lengths, new.token.shape[1]))]
-    if new.stop is not None:
-        choices.append((new.stop, reference.stop, first(steps + rollout.plan.stopped, N + 1)))
-    for p, q, mask in choices:
-        log_ratio = q - p
-        most = log_ratio.clamp(max=10)  # beyond, its tangent: the pull grows no more
-        parts.append(masked_mean(most.exp() * (1 + (log_ratio - most)) - log_ratio - 1, mask))
+        parts.append(masked_mean(kl, first(steps, kl.shape[1])[..., None].expand_as(kl)))
+    for p, q, choices in ((new.token, reference.token, rollout.lengths),
+                          (new.stop, reference.stop, steps + rollout.plan.stopped)):
+        if p is not None:
+            log_ratio = q - p
+            most = log_ratio.clamp(max=10)  # beyond, its tangent: the pull grows no more
+            estimate = most.exp() * (1 + (log_ratio - most)) - log_ratio - 1
+            parts.append(masked_mean(estimate, first(choices, p.shape[1])))
     return sum(parts)
 
 
@@ -142,7 +140,7 @@ def objective(new, old, rollout, advantage, total, clip=0.2, latent_coef=1.0, la
         density = (new.latent - old.latent) / (d if latent_mean else 1)  # (B, N, c)
         if new.stop is not None:  # log p(continue) belongs to the first latent of its step
             density[..., 0] += (new.stop - old.stop)[:, :N]
-        pairs.append((density.flatten(1), first(steps, N).repeat_interleave(c, dim=1)))
+        pairs.append((density.flatten(1), first(steps * c, N * c)))
     if new.stop is not None:
         own = first(steps + stopped, N + 1) if new.latent is None else stop_places(steps, stopped, N + 1)
         pairs.append((new.stop - old.stop, own))
@@ -161,20 +159,20 @@ def objective(new, old, rollout, advantage, total, clip=0.2, latent_coef=1.0, la
 
 # --- one step of the loop ---
 
-def rl_step(run, ddp, reference, optimizer, examples, tokenizer, step):
+def rl_step(run, ddp, reference, optimizer, examples):
     """Rollouts of a global batch (each process its questions), rewards, optimizer steps. Returns statistics.
     No step where no group's rewards differ: AdamW would make a full one of the KL's rounding."""
-    cfg, model, Q, G = run.cfg, getattr(ddp, "module", ddp).model, len(examples), run.cfg.group
+    cfg, model, Q, G = run.cfg, run.model, len(examples), run.cfg.group
     own, d = slice(run.rank, None, run.world), model.policy.config.hidden_size
-    noise = Noise.draw(Q * G, model.config, d, cfg.max_answer, generator(cfg.seed, RL_NOISE, step))
-    mine, rows = examples[own], torch.arange(Q * G).view(Q, G)[own].flatten()
-    noise = Noise(*(values[rows] for values in noise))
+    noise = Noise.draw(Q * G, model.config, d, cfg.max_answer, generator(cfg.seed, RL_NOISE, run.step))
+    mine, noise = examples[own], Noise(*(v.unflatten(0, (Q, G))[own].flatten(0, 1) for v in noise))
     began = time.time()
     model.eval()
     with run.autocast():
         rollout = model.rollout([e.question for e in mine], G, noise, cfg.max_answer)
         rolled = time.time()
-        result = score(model, rollout, [e.example for e in mine], tokenizer, cfg.w_acc, cfg.w_fmt, cfg.w_coh)
+        result = score(model, rollout, [e.example for e in mine], run.tokenizer, cfg.w_acc, cfg.w_fmt,
+                       cfg.w_coh)
     scored = time.time()
     advantage = advantages(result["reward"], G, cfg.std_norm)
     result |= dict(latents=rollout.plan.steps * cfg.thoughts_per_step, advantage=advantage.abs())
@@ -193,9 +191,9 @@ def update(run, ddp, reference, optimizer, rollout, advantage):
     members = cfg.minibatch // cfg.questions_per_step  # of each group in a step
     advantage, batches = advantage.view(-1, G), []  # a batch: its micro-batches
     # equal rewards teach only the KL; DDP needs a question
-    active = [q for q, a in enumerate(advantage.tolist()) if reference is not None or any(a)] or [0]
+    active = [q for q, a in enumerate(advantage.tolist()) if reference or any(a)] or [0]
     most = max(cfg.micro_batch or cfg.minibatch, members)
-    parts = [part.tolist() for part in np.array_split(active, -(-len(active) * members // most))]
+    parts = np.array_split(active, -(-len(active) * members // most))
     advantage = advantage.to(run.device)
     for g in range(0, G, members):
         cuts = [rollout.part(part, range(g, g + members)) for part in parts]
@@ -212,7 +210,7 @@ def update(run, ddp, reference, optimizer, rollout, advantage):
                     old = new.detached() if old is None else old
                     loss, stats = objective(new, old, cut, a, cfg.minibatch, cfg.ratio_clip,
                                             cfg.latent_coef, cfg.latent_mean)
-                    if reference is not None:
+                    if reference:
                         kl = divergence(new, reference(cut), cut).sum()
                         loss, stats["kl"] = loss + cfg.kl_coef * kl / cfg.minibatch, kl.detach()
                 (loss * run.world).backward()  # DDP takes the mean; the losses are shares of a sum
@@ -224,6 +222,6 @@ def update(run, ddp, reference, optimizer, rollout, advantage):
     for side in ("latent", "token"):
         if f"{side}_terms" in sums:
             found[f"{side}_clip_frac"] = sums[f"{side}_clipped"] / sums[f"{side}_terms"]
-    if reference is not None:
+    if reference:
         found["kl"] = sums["kl"] * run.world / (cfg.minibatch * len(batches))
     return found

@@ -649,7 +649,7 @@ def train_rl(cfg, given):
         for step in (bar := run.steps(total)):
             lr = set_lr(optimizer, cfg.rl_lr, cfg.rl_min_lr, step / total, (step + 1) / max(1, cfg.rl_warmup))
             examples = [run.train[i] for i in batch_indices(order, step, len(run.train), Q)]
-            stats = rl_step(run, ddp, reference, optimizer, examples, run.tokenizer, step)
+            stats = rl_step(run, ddp, reference, optimizer, examples)
             bar.set_postfix({k: stats[k] for k in ("reward", "accuracy", "coherence")})
             if (step + 1) % cfg.log_every == 0 or step + 1 == total:
                 run.log(step=step + 1, lr=lr, **stats)

@@ -315,8 +315,8 @@ def rl(name, args, seconds=20.0):
         return b.model.rollout([e.question for e in batch], G, b.noise(Q * G, step), b.cfg.max_answer)
 
     def work(step):
-        batch = b.batch(step, Q)
-        stats = rl_step(b.run, ddp, None, optimizer, batch, b.tokenizer, step)
+        batch, b.run.step = b.batch(step, Q), step
+        stats = rl_step(b.run, ddp, None, optimizer, batch)
         return stats | {"update_s": full_update(b, ddp, optimizer, rollout_of(batch, step), step)}
 
     found = rounds(work, seconds, least=2)

@@ -13,11 +13,13 @@ import zlib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import ASSETS, BYTE_TO_CHAR, BYTES, Tokenizer  # noqa: E402
+from data import ASSETS, CHAR_TO_BYTE, Tokenizer  # noqa: E402
 
 SIZES = {"builtin": dict(train=40_000, valid=1_000), "in_dist": dict(test=1_000), "hard": dict(test=1_000),
          "reworded": dict(test=1_000), "easy": dict(test=1_000),
          "chain": dict(train=40_000, valid=1_000, test=1_000)}
+BYTES = [bytes([b]) for b in range(256)]
+BYTE_TO_CHAR = {b: chr(b) for b in range(256)} | {b: chr(c) for c, b in CHAR_TO_BYTE.items()}
 NAMES = "Ada Ben Cleo Dan Eve Finn Gina Hugo".split()
 ITEMS = "coins cards books pens".split()
 THEN = 0.9  # share of changes to one count that are told of its owner ("Then Ada loses 3.")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import tiktoken
 import tokenizers
-from builtin_task import tokenizer_of
+from builtin_task import BYTE_TO_CHAR, BYTES, tokenizer_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -342,7 +342,7 @@ X, END = "<|x|>", "<|endoftext|>"  # ids 1 and 0 of a trained BPE; by their name
 
 
 def from_words(words, pattern, special):
-    return tokenizer_of(data.BYTES + [word.encode() for word in words], pattern, special)
+    return tokenizer_of(BYTES + [word.encode() for word in words], pattern, special)
 
 
 def hf_ids(hf, text):
@@ -420,7 +420,7 @@ def table(directory, tokens, merges, ignore_merges=False):
 
 
 def test_a_table_that_tiktoken_would_merge_otherwise_is_refused(tmp_path):
-    alphabet = list(data.BYTE_TO_CHAR.values())
+    alphabet = list(BYTE_TO_CHAR.values())
     table(tmp_path, alphabet + ["ab", "bc", "abc"], [("b", "c"), ("a", "b"), ("ab", "c")])
     refused(lambda: Tokenizer.from_pretrained(tmp_path), "tokenizer.json", "not ascend")
 
@@ -429,7 +429,7 @@ def test_ids_with_gaps_and_lacking_bytes(tmp_path):
     train_bpe(tmp_path, vocab_size=300)
     file = json.loads((tmp_path / "tokenizer.json").read_text())
     vocab = file["model"]["vocab"]
-    del vocab[data.BYTE_TO_CHAR[0]]
+    del vocab[BYTE_TO_CHAR[0]]
     file["model"]["vocab"] = {token: id if id < 2 else 2 * id for token, id in vocab.items()}
     write(tmp_path / "tokenizer.json", json.dumps(file))
     ours, hf = both(tmp_path)
@@ -643,7 +643,7 @@ def test_llama3(tmp_path):
     lines = (LLAMA3 / "original/tokenizer.model").read_bytes().splitlines()
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
     meta = tiktoken.Encoding("meta", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={})
-    chars = {token: "".join(data.BYTE_TO_CHAR[b] for b in token) for token in ranks}
+    chars = {token: "".join(BYTE_TO_CHAR[b] for b in token) for token in ranks}
     merges = [(chars[t[:i]], chars[t[i:]]) for t in ranks for i in range(1, len(t))
               if t[:i] in ranks and t[i:] in ranks]
     hf = tokenizers.Tokenizer(models.BPE({chars[t]: r for t, r in ranks.items()}, merges, ignore_merges=True))

@@ -95,6 +95,7 @@ def test_nothing_stays_on_the_cpu(method, meta):
     cfg = train.Config(questions_per_step=2, group=2, minibatch=2, micro_batch=2, max_answer=2, w_acc=0.0)
     run = train.Run(cfg, "rl")
     run.device, run.autocast = META, nullcontext
+    run.model, run.tokenizer = net, SimpleNamespace(decode=lambda ids: "### 1")
     net.to(META)
     for llama in net.llamas():
         llama.activation_checkpointing = True
@@ -104,7 +105,7 @@ def test_nothing_stays_on_the_cpu(method, meta):
         sgd = torch.optim.SGD(net.parameters(), lr=0.1)
         for latent_grad in ("score", "path"):
             log_probs, reference = (LogProbs(net, latent_grad) for _ in range(2))
-            stats = rl_step(run, log_probs, reference, sgd, rows, SimpleNamespace(decode=lambda ids: "### 1"), 0)
+            stats = rl_step(run, log_probs, reference, sgd, rows)
             assert "kl" in stats  # it made its update
     assert {value.device.type for value in losses.values()} == {"meta"}
 

@@ -134,7 +134,7 @@ def checkpoint(folder):
 
 
 def bpe(folder):
-    words = [*data.BYTES, b"ab", b"abc", b" ab"]
+    words = [*(bytes([b]) for b in range(256)), b"ab", b"abc", b" ab"]
     tokenizer = tokenizer_of(words, r" ?[a-z]+|\s+(?!\S)|[0-9]", ["<eos>", "<x>"])
     tokenizer.add_special("<|start-latent|>")
     tokenizer.save_pretrained(folder)
