@@ -227,7 +227,10 @@ class Tokenizer:
                     name = name["content"] if isinstance(name, dict) else name
                     setattr(self, key.replace("token", "id"), self.special[name])
             path = path.with_name("config.json")
-            ends = json.loads(path.read_bytes()).get("eos_token_id") if path.is_file() else None
+            config = json.loads(path.read_bytes()) if path.is_file() else {}
+            rows, ends = config.get("vocab_size", MAX_ID), config.get("eos_token_id")
+            if self.vocab_size > rows:
+                raise ValueError(f"its tokenizer has {self.vocab_size} ids, its weights have rows for {rows}")
             if ends is not None and not stated.get("eos_token"):
                 self.eos_id = ends[0] if isinstance(ends, list) else ends
                 if self.eos_id not in self.special.values():

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from data import TEST_SETS, Parser, Tokenizer, cli, encode_all, extract_answer, is_correct, load
 from model import write_json
 from rl import coherence
-from vae import LatentReasoner, Noise, check_vocabulary, device_of, find_checkpoint, generator, read_state
+from vae import LatentReasoner, Noise, device_of, find_checkpoint, generator, read_state
 
 
 def judge(texts, example):
@@ -100,7 +100,6 @@ def measure(ckpt, data, args):
     device = device_of(args.device)
     auto = "auto" if device.type == "cuda" else None
     model, tokenizer = LatentReasoner.from_pretrained(ckpt, device=device), Tokenizer.from_pretrained(ckpt)
-    check_vocabulary(tokenizer, model.policy, ckpt)
     record = {"checkpoint": str(ckpt), **read_state(ckpt), "benchmarks": {}, "explained": {}}
     for llama in model.llamas() if args.compile in ("yes", auto) else ():
         llama.compile_blocks()

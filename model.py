@@ -47,9 +47,8 @@ class LLaMAConfig:
 
     @classmethod
     def from_dict(cls, raw):
-        """From a config.json of transformers 4 or 5."""
+        """From a config.json, where transformers 5 has rope_parameters, 4 rope_theta and rope_scaling."""
         raw = {"rms_norm_eps": 1e-6, **{key: values[0] for key, values in SUPPORTED.items()}, **raw}
-        # transformers 5 has rope_parameters, older files have rope_theta and rope_scaling
         rope = {**(raw.get("rope_scaling") or raw.get("rope_parameters") or {})}
         rope.setdefault("rope_type", rope.get("type", "default"))
         raw |= {**rope, "rope_scaling": rope if rope["rope_type"] == "llama3" else None}
@@ -63,7 +62,6 @@ class LLaMAConfig:
             value = getattr(config, name)
             if type(value) not in (int, kind) or not 0 < value <= (2**24 if kind is int else 1e38):
                 raise ValueError(f"{name} must be a positive {kind.__name__}, not {value!r}")
-            setattr(config, name, kind(value))
         if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
             raise ValueError("num_attention_heads must be a multiple of num_key_value_heads, head_dim even")
         if config.rope_scaling and not 0 < rope["low_freq_factor"] < rope["high_freq_factor"] < math.inf:
@@ -114,9 +112,8 @@ class KVCache:
     """Keys and values of each layer as at the top: size is N, group is G."""
 
     def __init__(self, size, group=1):
-        self.size, self.group, self.prefix = size, group, None
-        self.weights = None  # the matrices of each layer, cast once and not at every position
-        self.inputs, self.graph = None, None  # of replay
+        self.size, self.group = size, group
+        self.prefix = self.inputs = self.graph = None  # the last two are replay's
 
     def start(self, valid):
         """The first pass, whose columns count where `valid` (Q, S) is set, becomes the prefix."""
@@ -135,7 +132,7 @@ class KVCache:
         start, self.filled = self.filled, self.filled + valid.shape[1]
         new = columns[start:self.filled]
         self.counts = self.counts.index_copy(1, new, valid)
-        positions = (self.counts.cumsum(dim=1)[:, start:self.filled] - 1).clamp(min=0)
+        positions = self.counts.cumsum(dim=1)[:, start:self.filled] - 1
         visible = self.counts[:, None] & (columns <= new[:, None])  # (B, T, S + N)
         bias = torch.where(visible, 0.0, -math.inf).to(dtype).unflatten(0, (-1, self.group))[:, None, :, None]
         return positions, new - (len(columns) - self.size), bias
@@ -186,7 +183,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(d, config.rms_norm_eps)
         self.mlp = nn.ModuleDict({"gate_up_proj": linear(d, 2 * width), "down_proj": linear(width, d)})
 
-    def forward(self, x, rope, weights, past=None, places=None, shape=None, keep=None):
+    def forward(self, x, rope, weights, past, places, shape, keep):
         """x (B, T, d) -> x, (k, v). Without `past` (of KVCache.extend) a causal pass with k, v (B, KV, T, D),
         else k, v are the new tail. With `places`, x (1, M, d) lies there in a (B, T) of `shape`: only
         attention sees padding. `keep` (R,), indices into M: only this x (1, R, d) is returned."""
@@ -223,7 +220,7 @@ class LLaMA(nn.Module):
         self.norm = nn.RMSNorm(d, config.rms_norm_eps)
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(d, vocab, bias=False)
         self.inv_freq = rope_frequencies(config)  # no buffer: model.bfloat16() must not round it
-        self.run_block = Block.forward  # compile_blocks puts a compiled one in its place
+        self.run_block = Block.forward
         self.activation_checkpointing = self.cuda_graphs = False
         for name, p in self.named_parameters():
             if p.dim() > 1:  # as GPT-2, smaller on residual branches; d**-0.5 is 0.02 at d = 2048
@@ -240,8 +237,8 @@ class LLaMA(nn.Module):
         self.run_block = torch.compile(Block.forward, dynamic=True, backend=backend)
         self.cuda_graphs = self.output_weight().is_cuda
 
-    def forward(self, tokens=None, embeds=None, cache=None, valid=None):
-        return self.logits(self.hidden(tokens, embeds, cache, valid))
+    def forward(self, *args, **more):
+        return self.logits(self.hidden(*args, **more))
 
     def tables(self):
         """The embedding and, where it is another, the output layer."""
@@ -250,38 +247,35 @@ class LLaMA(nn.Module):
     def output_weight(self):
         return self.tables()[-1].weight
 
-    def logits(self, h, table=None):
-        return F.linear(h, self.output_weight() if table is None else table)[..., :self.config.vocab_size]
+    def logits(self, h):
+        return F.linear(h, self.output_weight())[..., :self.config.vocab_size]
 
     def hidden(self, tokens=None, embeds=None, cache=None, valid=None, places=None, keep=None):
-        """Last hidden states (B, T, d) of token ids (B, T) or embeddings (B, T, d). A cache's first pass is
-        causal, and computes only `places` (M,) of the flat (B * T). `keep` (R,): indices into places, whose
-        states are returned alone, (R, d). `valid` (B, T): columns that count."""
-        embeds = self.embed_tokens(tokens) if embeds is None else embeds
+        """Last hidden states (B, T, d) of token ids (B, T) or embeddings (B, T, d). `valid` (B, T): columns
+        that count. A cache's first pass is causal; with `places` (M,) it computes only these of the flat
+        (B * T), and returns those (R, d) that `keep` (R,), indices into places, names."""
+        embeds = self.embed_tokens(tokens) if embeds is None else embeds.to(self.embed_tokens.weight.dtype)
         (B, T), cache = embeds.shape[:2], cache or KVCache(0)
         x = embeds if places is None else gather(embeds, places)
         x = x.clone(memory_format=torch.contiguous_format)  # compiled code would depend on a view's base
         valid = torch.ones(B, T, dtype=torch.bool, device=x.device) if valid is None else valid
-        starts = cache.prefix is None
-        if starts:
+        if cache.prefix is None:
             positions, past = (torch.arange(T, device=x.device) if places is None else places % T)[None], ()
-            dtype = product_dtype(x)
+            dtype = product_dtype(x)  # the matrices are cast once and not at every position
             cache.weights = [[p.to(dtype) for p in layer.parameters() if p.dim() > 1]
                              for layer in self.layers]
         else:
             positions, *past = cache.extend(valid, x.dtype)
         self.inv_freq = self.inv_freq.to(x.device)
-        angles = positions[..., None, None].float() * self.inv_freq.repeat(2)  # (B, T, 1, D)
+        angles = positions[..., None, None] * self.inv_freq.repeat(2)  # (B, T, 1, D)
         rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         run = partial(self.run_layers, cache, places, (B, T), keep)
-        if self.cuda_graphs and T == 1 and not starts and not torch.is_grad_enabled():
+        if self.cuda_graphs and past and T == 1 and not torch.is_grad_enabled():
             run = partial(cache.replay, run)
         x = run(x, *rope, *past)
-        if starts and cache.size:
+        if cache.size and not past:
             cache.start(valid)
-        if keep is not None:
-            return x[0]
-        return x if places is None else spread(x, places, (B, T))
+        return x if keep is None else x[0]
 
     def run_layers(self, cache, places, shape, keep, x, cos, sin, *past):
         """All blocks and the last norm. past: what extend gives, () in the first pass."""
@@ -355,8 +349,8 @@ class LLaMA(nn.Module):
     def save_pretrained(self, path):
         os.makedirs(path, exist_ok=True)
         save_tensors(self.disk_parts(), f"{path}/model.safetensors")
-        kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-        write_json(f"{path}/config.json", {**kind, **asdict(self.config)})
+        kind = dict(architectures=["LlamaForCausalLM"], model_type="llama")
+        write_json(f"{path}/config.json", kind | asdict(self.config))
 
 
 def one_line(text):
@@ -381,7 +375,7 @@ def write_json(file, value):
 def save_tensors(tensors, file):
     """Write {name: tensor}; a full disk is an OSError."""
     try:
-        save_file({n: t.detach().contiguous() for n, t in tensors.items()}, file, metadata={"format": "pt"})
+        save_file({n: t.contiguous() for n, t in tensors.items()}, file, metadata={"format": "pt"})
     except SafetensorError as e:
         raise OSError(f"{file}: {e}") from None
     with open(file, "rb+") as f:

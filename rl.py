@@ -9,8 +9,7 @@ import torch.nn as nn
 
 from data import extract_answer, is_correct, numbers_equal, parse_number, parse_step, well_formed
 from model import KVCache, first
-from vae import (RL_NOISE, Noise, gaussian_kl, gaussian_logp, generator, masked_mean, precise,
-                 stop_places)
+from vae import RL_NOISE, Noise, gaussian_kl, gaussian_logp, generator, masked_mean, precise
 
 
 # --- rewards ---
@@ -96,7 +95,7 @@ class LogProbs(nn.Module):
             h = policy.hidden(text, cache=cache, valid=written)
         else:
             text = policy.embed_tokens(text)
-            inputs = torch.cat((plan.z.flatten(1, 2).to(text.dtype), text), dim=1)
+            inputs = torch.cat((plan.z.flatten(1, 2), text), dim=1)
             valid = torch.cat((first(plan.steps * c, N * c), written[:, skip:]), dim=1)
             h = h[:, None]  # and the state after each input
             if inputs.shape[1]:
@@ -106,7 +105,7 @@ class LogProbs(nn.Module):
                 latent = gaussian_logp(plan.z, mu, logvar) * first(plan.steps, N)[..., None]
         if config.stop:
             go, halt = self.model.stop_logits(stop_z).log_softmax(dim=-1).unbind(dim=-1)
-            stop = go * first(plan.steps, N + 1) + halt * stop_places(plan.steps, plan.stopped, N + 1)
+            stop = torch.where(first(plan.steps, N + 1), go, halt) * first(plan.steps + plan.stopped, N + 1)
         logits = precise(policy.logits(h[:, -A:])[..., :config.vocab_size])
         token = logits.log_softmax(dim=-1).gather(-1, rollout.tokens[..., None]).squeeze(-1)
         return Terms(latent, stop, token * written, mu, logvar)
@@ -135,15 +134,15 @@ def objective(new, old, rollout, advantage, total, clip=0.2, latent_coef=1.0, la
     """PPO-clipped loss, a share of the mean over `total` rollouts, and statistics. new, old: Terms of the
     weights now and before the update. In each rollout latents and stop, and tokens, are averaged apart."""
     (N, c, d), steps, stopped = rollout.plan.z.shape[1:], rollout.plan.steps, rollout.plan.stopped
-    pairs = []  # of the latents' side: (difference of log-probabilities, mask)
+    stops, pairs = first(steps + stopped, N + 1), []  # pairs: (difference of log-probabilities, mask)
     if new.latent is not None:
         density = (new.latent - old.latent) / (d if latent_mean else 1)  # (B, N, c)
         if new.stop is not None:  # log p(continue) belongs to the first latent of its step
             density[..., 0] += (new.stop - old.stop)[:, :N]
+            stops = stops & ~first(steps, N + 1)
         pairs.append((density.flatten(1), first(steps * c, N * c)))
     if new.stop is not None:
-        own = first(steps + stopped, N + 1) if new.latent is None else stop_places(steps, stopped, N + 1)
-        pairs.append((new.stop - old.stop, own))
+        pairs.append((new.stop - old.stop, stops))
     sides = {"token": (new.token - old.token, first(rollout.lengths, new.token.shape[1]), 1.0)}
     if pairs:
         sides["latent"] = *(torch.cat(x, dim=1) for x in zip(*pairs)), latent_coef

@@ -38,8 +38,7 @@ from data import ASSETS, BUILTIN, DATASETS, TEST_SETS, Parser, Tokenizer, cli, e
 from model import LLaMA, LLaMAConfig, check_tensors, save_tensors, tensor_headers, write_json
 from rl import LogProbs, rl_step
 from vae import (END, METHODS, RL_ORDER, SFT_NOISE, START, STEP, WEIGHTS, LatentConfig, LatentReasoner,
-                 check_vocabulary, collate, device_of, find_checkpoint, generator, moved, read_state,
-                 remaining_text)
+                 collate, device_of, find_checkpoint, generator, moved, read_state, remaining_text)
 
 
 # --- settings ---
@@ -327,7 +326,6 @@ def build(cfg, run):
         model = LatentReasoner.from_pretrained(init, device=run.device, decode=parts["decode"])
     if init:
         policy = model.policy if model else LLaMA.from_pretrained(init, device=run.device)
-        check_vocabulary(tokenizer, policy, init)
     known = START in tokenizer.special
     start, end = tokenizer.add_special(START, END)
     if not init:

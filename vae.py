@@ -23,13 +23,13 @@ from safetensors.torch import load_file
 from model import (KVCache, LLaMA, check_tensors, first, one_line, product_dtype, read_json, save_tensors,
                    tensor_headers, write_json)
 
+OFF = dict(latent=False, head=False, vae=False, stop=False, decode=False)
 METHODS = {  # paper, section 4: the baselines are parts switched off
-    "atp":     dict(latent=True, head=True, vae=True, stop=True, decode=True),
-    "simcot":  dict(latent=True, head=False, vae=False, stop=False, decode=True),
-    "coconut": dict(latent=True, head=False, vae=False, stop=False, decode=False),
-    "cot":     dict(latent=False, head=False, vae=False, stop=False, decode=False),
-    "nocot":   dict(latent=False, head=False, vae=False, stop=False, decode=False),
-}
+    "atp": dict(latent=True, head=True, vae=True, stop=True, decode=True),
+    "simcot": OFF | dict(latent=True, decode=True),
+    "coconut": OFF | dict(latent=True),
+    "cot": OFF,
+    "nocot": OFF}
 START, END = "<|start-latent|>", "<|end-latent|>"
 SFT_NOISE, RL_NOISE, RL_ORDER, WEIGHTS = range(4)  # streams of random numbers of a seed
 MAX_LOGITS = {"cpu": 2**25, "cuda": 2**28}  # logits that lie in memory at once
@@ -111,8 +111,8 @@ class Padded(NamedTuple):
     @classmethod
     def of(cls, rows):
         width = max([1, *map(len, rows)])
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows]).view(-1, width)
-        return cls.masked(ids, first(torch.tensor([*map(len, rows)]), width))
+        ids = torch.tensor([row + [-1] * (width - len(row)) for row in rows]).view(-1, width)
+        return cls.masked(ids.clamp(min=0), ids >= 0)
 
     @classmethod
     def masked(cls, ids, valid):
@@ -152,7 +152,7 @@ class Batch(NamedTuple):
     text: Padded                # (B, T) <|end-latent|>, or the question, then remaining steps and answer
     answer_at: torch.Tensor     # (A,) ascending places in the flat (B * T) where a token is asked for
     answer: torch.Tensor        # (A,) that token
-    answer_share: float         # 1 / tokens asked for in the global batch
+    answer_share: torch.Tensor  # (A,) 1 / tokens asked for in the global batch
     share: float                # 1 / examples of the global batch
     steps: torch.Tensor         # (B,) latent steps
     max_steps: int              # their maximum, N
@@ -194,12 +194,11 @@ def collate(examples, config, stage, noise=None, total_examples=None, total_toke
     stops = [n == len(e.steps) and n < config.max_steps for n, e in zip(steps, examples)]
     decodes = [(b, k) for b, n in enumerate(steps) for k in range(n) if config.decode]
     words = [decoded_text(examples[b], config, k) for b, k in decodes]
-    # a step's loss is summed over its tokens; mean over the example's steps
     decode_share = [share / steps[b] for (b, _), w in zip(decodes, words) for _ in w]
     return Batch(prefix, text, torch.tensor(answer_at), torch.tensor(answer),
-                 1 / (total_tokens or len(answer)), share, torch.tensor(steps), N, torch.tensor(stops),
-                 Padded.of(words), torch.tensor([b * N + k for b, k in decodes]), torch.tensor(decode_share),
-                 noise)
+                 torch.full((len(answer),), 1 / (total_tokens or len(answer))), share, torch.tensor(steps), N,
+                 torch.tensor(stops), Padded.of(words), torch.tensor([b * N + k for b, k in decodes]),
+                 torch.tensor(decode_share), noise)
 
 
 # --- rollouts ---
@@ -225,7 +224,7 @@ class Plan(NamedTuple):
     mu: torch.Tensor             # (B, N, c, d)
     logvar: torch.Tensor | None  # (B, N, c, d), None where z is not sampled
     steps: torch.Tensor          # (B,)
-    stopped: torch.Tensor        # (B,) bool: chosen, not by the limit
+    stopped: torch.Tensor        # (B,) bool: a rollout's row chose to stop, before the limit
     stop_z: torch.Tensor         # (B, N + 1, d) the stop head sees: first latents, the next step's too
 
 
@@ -267,15 +266,10 @@ def text_loss(model, h, targets, weights):
         with torch.enable_grad():
             loss = part(own[0], leaf_table, *own[1:])
         loss.backward()
-        total = total + loss.detach()
+        total += loss.detach()
     # a term that is 0 hands these gradients on to h and the table
     carried = sum(x.flatten().dot(x_leaf.grad.flatten()) for x, x_leaf in ((h, leaf), (table, leaf_table)))
     return total + carried - carried.detach()
-
-
-def stop_places(steps, stopped, width):
-    """Bool mask (B, width) of where a row stops, if it does. All its choices: first(steps + stopped, ..)."""
-    return (torch.arange(width, device=steps.device) == steps[:, None]) & stopped[:, None]
 
 
 # --- the model ---
@@ -339,10 +333,10 @@ class LatentReasoner(nn.Module):
         steps (B,): how many each row makes, at most `limit` (training). None: the stop head decides; without
         one all make `limit`. eps (B, K, c, d): noise of the latents, None: z = mu. uniform (B, K): samples
         the stops, None: stop where p(stop) > 1/2."""
-        config, c, dtype = self.config, self.config.thoughts_per_step, self.policy.embed_tokens.weight.dtype
-        decides, drawn, stop_z = steps is None and config.stop, [], []  # drawn: z, mu, logvar
+        config, c, drawn, stop_z = self.config, self.config.thoughts_per_step, [], []  # drawn: z, mu, logvar
+        decides = steps is None and config.stop
         alive = torch.ones_like(h[:, 0], dtype=torch.bool)
-        taken, stopped = torch.zeros_like(alive, dtype=torch.long), torch.zeros_like(alive)
+        taken = torch.zeros_like(alive, dtype=torch.long)
         # the stop head also looks at the first latent after the last step
         for i in range(limit * c + (config.stop and limit < config.max_steps)):
             k, j = divmod(i, c)
@@ -352,20 +346,19 @@ class LatentReasoner(nn.Module):
                 stop_z.append(z)
                 if decides:
                     p = self.stop_logits(z).softmax(dim=-1)[:, 1]
-                    stop = alive & (p > (0.5 if uniform is None else uniform[:, k]))
-                    stopped, alive = stopped | stop, alive & ~stop
+                    alive = alive & (p <= (0.5 if uniform is None else uniform[:, k]))
                 elif steps is not None:
                     alive = k < steps
                 if k == limit or (decides and not alive.any()):
                     break
                 taken = taken + alive
             drawn.append((z, mu, logvar))
-            h = self.policy.hidden(embeds=z.to(dtype)[:, None], cache=cache, valid=alive[:, None])[:, 0]
+            h = self.policy.hidden(embeds=z[:, None], cache=cache, valid=alive[:, None])[:, 0]
         else:  # at the limit nothing is decided
             stop_z.append(torch.zeros_like(h))
         none = h.new_zeros(len(h), 0, h.shape[1])  # a plan may have no step
         stack = lambda i: torch.cat([none, *(x[i][:, None] for x in drawn)], dim=1).unflatten(1, (-1, c))
-        return Plan(stack(0), stack(1), stack(2) if config.vae else None, taken, stopped,
+        return Plan(stack(0), stack(1), stack(2) if config.vae else None, taken, ~alive,
                     torch.stack(stop_z, dim=1))
 
     def stop_logits(self, stop_z):
@@ -387,33 +380,30 @@ class LatentReasoner(nn.Module):
             h = policy.hidden(embeds=embeds[1], cache=cache, valid=batch.text.valid)
             h = h.flatten(0, 1).index_select(0, batch.answer_at)
             if self.config.stop:
-                stops = stop_places(batch.steps, batch.stops, N + 1)
+                stop = ~first(batch.steps, N + 1)
                 logits = self.stop_logits(plan.stop_z).transpose(1, 2)  # (B, 2, N + 1)
-                ce = F.cross_entropy(logits, stops.long(), reduction="none")
+                ce = F.cross_entropy(logits, stop.long(), reduction="none")
                 losses["stop"] = masked_mean(ce, first(batch.steps + batch.stops, N + 1)).sum() * batch.share
             if plan.logvar is not None:
                 kl = gaussian_kl(plan.mu, plan.logvar).mean(dim=2)
                 losses["kl"] = masked_mean(kl, first(batch.steps, N)).sum() * batch.share
             if self.decoder is not None:
                 losses["decode"] = self.decode_loss(plan.z, batch)
-        weights = torch.full_like(batch.answer, batch.answer_share, dtype=precise(h).dtype)
-        losses["answer"] = text_loss(policy, h, batch.answer, weights)
+        losses["answer"] = text_loss(policy, h, batch.answer, batch.answer_share)
         return losses
 
     def decode_loss(self, z, batch):
         """The decoder's loss of each step's text, given its latents: all steps in one pass."""
-        embed, c = self.decoder.embed_tokens, z.shape[2]
-        latents = z.flatten(0, 1).index_select(0, batch.decode_z).to(embed.weight.dtype)   # (P, c, d)
-        inputs = torch.cat((latents, embed(batch.decode.ids[:, :-1])), dim=1)
-        h = self.decoder.hidden(embeds=inputs)[:, c - 1:].flatten(0, 1)  # from the last latent on
+        latents = z.flatten(0, 1).index_select(0, batch.decode_z)  # (P, c, d)
+        inputs = torch.cat((latents, self.decoder.embed_tokens(batch.decode.ids[:, :-1])), dim=1)
+        h = self.decoder.hidden(embeds=inputs)[:, z.shape[2] - 1:].flatten(0, 1)  # from the last latent on
         h, targets = (t.index_select(0, batch.decode.places) for t in (h, batch.decode.ids.flatten()))
-        return text_loss(self.decoder, h, targets, batch.decode_share.to(precise(h).dtype))
+        return text_loss(self.decoder, h, targets, batch.decode_share)
 
     @torch.no_grad()
     def rollout(self, questions, group=1, noise=None, max_tokens=16, temperature=1.0):
         """Answer each question (list of ids) `group` times; it is read once. noise: a Noise of Q x group
-        rows, None: greedy (z = mu, stop where p(stop) > 1/2, argmax; paper, section 4). temperature: of
-        answer tokens, 0: greedy stops and tokens."""
+        rows, None: greedy (paper, section 4). temperature: of answer tokens, 0: greedy stops and tokens."""
         config = self.config
         steps, start = (config.max_steps, [config.start_id]) if config.latent else (0, [])
         prefix, noise = (moved(x, self.device) for x in (Padded.of([q + start for q in questions]), noise))
@@ -426,7 +416,7 @@ class LatentReasoner(nn.Module):
         if config.latent:
             h = self.policy.hidden(torch.full_like(plan.steps[:, None], config.end_id), cache=cache)[:, 0]
         text = self.generate(self.policy, h, cache, max_tokens, answer, temperature)
-        return Rollout(prefix, group, plan._replace(z=precise(plan.z)), eps, *text)
+        return Rollout(prefix, group, plan, eps, *text)
 
     def generate(self, llama, h, cache, max_tokens, uniform=None, temperature=1.0):
         """Continue each row from its last hidden state h (B, d) by the likeliest token, or by inverse
@@ -435,7 +425,7 @@ class LatentReasoner(nn.Module):
         ends, alive = torch.tensor(self.ends, device=h.device), torch.ones_like(h[:, 0], dtype=torch.bool)
         tokens, lengths = [], torch.zeros_like(alive, dtype=torch.long)
         for i in range(max_tokens):
-            logits = llama.logits(h, weight)[:, :vocab]
+            logits = F.linear(h, weight)[:, :vocab]
             if uniform is None:
                 token = logits.argmax(dim=-1)
             else:
@@ -459,7 +449,7 @@ class LatentReasoner(nn.Module):
         max_tokens = max(1, min(64, self.decoder.config.max_position_embeddings // 16))
         steps, words, size = steps.tolist(), [], MAX_DECODED[z.device.type]
         used = [b * z.shape[1] + k for b, n in enumerate(steps) for k in range(n)]
-        z = z.flatten(0, 1).to(self.decoder.embed_tokens.weight.dtype)
+        z = z.flatten(0, 1)
         for i in range(0, len(used), size):
             cache = KVCache(max_tokens)
             h = self.decoder.hidden(embeds=z[used[i:i + size]], cache=cache)[:, -1]
@@ -498,7 +488,7 @@ class LatentReasoner(nn.Module):
             if config.decode:
                 decoder = LLaMA.from_pretrained(path / "decoder", dtype, device)
             model = cls(policy, config, decoder).to(device, dtype)
-            tables = {(c.vocab_size, c.hidden_size) for c in (llama.config for llama in model.llamas())}
+            tables = {(m.config.vocab_size, m.config.hidden_size) for m in model.llamas()}
             if len(tables) > 1 or config.vocab_size > policy.config.vocab_size:
                 raise ValueError(f"vocab_size {config.vocab_size} does not go with embeddings {tables}")
         except (ValueError, TypeError) as e:
@@ -531,10 +521,3 @@ def read_state(ckpt):
         case {"step": int(), "config": {"seed": int(), "method": str(method)}} if method in METHODS:
             return state
     raise ValueError(f"{ckpt}/train.json: 'step', or 'config' with its 'seed' and 'method', is missing")
-
-
-def check_vocabulary(tokenizer, policy, path):
-    """ValueError where ids of the tokenizer have no row in the weights."""
-    if tokenizer.vocab_size > policy.config.vocab_size:
-        raise ValueError(f"{path}: its tokenizer has {tokenizer.vocab_size} ids, its weights have rows for "
-                         f"{policy.config.vocab_size} only")
