@@ -35,7 +35,7 @@ def evaluate(model, tokenizer, encoded, batch_size=0, samples=0, seed=0, max_tok
     config, policy, results = model.eval().config, model.policy.config, [{}] * len(encoded)
     # a latent method writes only its short answer
     limit = 16 if config.latent else min(max_tokens, policy.max_position_embeddings)
-    # questions of like length share a batch, which leaves little padding
+    # questions of like length share a batch: less padding
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].question))
     batch_size = batch_size or (128 if model.device.type == "cpu" else 512)
     size, d = max(1, batch_size // max(1, samples)), policy.hidden_size
@@ -53,12 +53,12 @@ def evaluate(model, tokenizer, encoded, batch_size=0, samples=0, seed=0, max_tok
                 sampled, _ = model.texts(sampled.tokens, sampled.lengths, tokenizer)
         texts, ended = model.texts(rollout.tokens, rollout.lengths, tokenizer)
         latents = (rollout.plan.steps * config.thoughts_per_step).tolist()
-        tokens = [n + length - end for n, length, end in zip(latents, rollout.lengths.tolist(), ended)]
+        lengths = rollout.lengths.tolist()
         for j, i in enumerate(part):
             plan, text, example = plans[j], texts[j], encoded[i].example
             results[i] = vars(example) | dict(
-                plan=plan, text=text, accuracy=is_correct(text, example), tokens=tokens[j],
-                latents=latents[j], coherence=coherence(plan, extract_answer(text)))
+                plan=plan, text=text, accuracy=is_correct(text, example), latents=latents[j],
+                tokens=latents[j] + lengths[j] - ended[j], coherence=coherence(plan, extract_answer(text)))
             if samples:
                 results[i] |= judge(sampled[j * samples:(j + 1) * samples], example)
     names = ["accuracy", "tokens", "latents", "coherence", *(n for r in results[:1] for n in r if "@" in n)]
@@ -94,10 +94,10 @@ def table(rows, names=("tokens", "coherence")):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def measure(ckpt, data, args):
-    """Evaluate a checkpoint on {test set: examples}, and print the questions of --explain. Returns a record:
-    its configuration, the figures of each set, what was printed."""
-    device = device_of(args.device)
+def measure(path, data, args):
+    """Evaluate path's checkpoint on {test set: examples}, and print the questions of --explain. Returns a
+    record: its configuration, the figures of each set, what was printed."""
+    ckpt, device = find_checkpoint(path), device_of(args.device)
     auto = "auto" if device.type == "cuda" else None
     model, tokenizer = LatentReasoner.from_pretrained(ckpt, device=device), Tokenizer.from_pretrained(ckpt)
     record = {"checkpoint": str(ckpt), **read_state(ckpt), "benchmarks": {}, "explained": {}}
@@ -161,7 +161,7 @@ def read_sets(args):
 def main(argv=None):
     args = parser().parse_args(argv)
     data = read_sets(args)
-    record = measure(find_checkpoint(args.ckpt), data, args)
+    record = measure(args.ckpt, data, args)
     sets = record["benchmarks"]
     sets = sets | {"mean": over_sets(sets)} if len(sets) > 1 else sets
     names = [name for name in over_sets(sets) if name != "accuracy"]

@@ -216,7 +216,7 @@ def update(run, ddp, reference, optimizer, rollout, advantage):
             sums = {k: sums.get(k, 0) + v for k, v in stats.items()}
         norms.append(run.clip_gradients(optimizer, cfg.rl_clip))
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
     sums, found = run.mean(sums), {"grad_norm": float(np.mean(norms))}
     for side in ("latent", "token"):
         if f"{side}_terms" in sums:

@@ -21,9 +21,9 @@ import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -43,27 +43,27 @@ from vae import (END, METHODS, RL_ORDER, SFT_NOISE, START, STEP, WEIGHTS, Latent
 
 # --- settings ---
 
-def flag(default, note, **more):
-    """A field of Config and its note in --help. default: or all choices, the default first. more: least;
-    chain, pretrained: the default there; own: not taken over from --init's checkpoint; free: a resumed run
-    may change it."""
+def flag(default, note="", **more):
+    """A field of Config and its note in --help, else its choices. default: or all choices, the default first.
+    more: least; chain, pretrained: the default there; own: not taken over from --init's checkpoint; free: a
+    resumed run may change it."""
     choices = default if isinstance(default, tuple) else None
-    return field(default=choices[0] if choices else default, metadata=dict(more, note=note, choices=choices))
+    more |= dict(note=note or ", ".join(choices), choices=choices)
+    return field(default=choices[0] if choices else default, metadata=more)
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 AUTO = ("auto", "yes", "no")
-DTYPES = ("auto", "float32", "bfloat16")
 RUN = dict(own=True, free=True)
 
 
 @dataclass
 class Config:
     stage: str = flag(("all", "cot", "vae", "rl"), "all (vae, rl, evaluation), cot, vae, rl", **RUN)
-    method: str = flag(tuple(METHODS), "atp, simcot, coconut, cot, nocot")
+    method: str = flag(tuple(METHODS))
     init: str = flag("", "Hugging Face LLaMA, or checkpoint or run of ours (rl: out_dir/vae)", **RUN)
     data: str = flag("builtin", "builtin, chain, gsm8k, gsm8k_aug, or a file", pretrained="gsm8k_aug")
-    data_dir: str = flag("data", "where `python data.py` puts the published files")
+    data_dir: str = flag("data", "folder of the published files")
     annotated: int = flag(4000, "so many questions show their steps (0: all; other data: 0)", pretrained=0)
     out_dir: str = flag("out", "runs go to out_dir/vae, out_dir/rl, ...", **RUN)
     resume: bool = flag(False, "go on from the newest checkpoint of the same run", **RUN)
@@ -96,9 +96,9 @@ class Config:
     beta_kl: float = flag(1e-3, "weight of the KL term")
     decode_coef: float = flag(1.0, "weight of the decoder loss (1: the paper's sum over tokens)")
     rl_lr: float = flag(2e-4, "peak learning rate", pretrained=1e-6)
-    rl_min_lr: float = flag(0.0, "the cosine ends at this share of the peak (1: constant)", pretrained=1.0)
-    rl_warmup: int = flag(10, "steps of linear warm-up", pretrained=0)
-    rl_clip: float = flag(1.0, "gradient norm (0: not clipped)")
+    rl_min_lr: float = flag(0.0, "as --min_lr", pretrained=1.0)
+    rl_warmup: int = flag(10, "as --warmup", pretrained=0)
+    rl_clip: float = flag(1.0, "as --clip")
     rl_iters: int = flag(280, "batches of questions (0: one epoch)", pretrained=0)
     questions_per_step: int = flag(64, "over all processes", least=1, pretrained=16)
     group: int = flag(8, "rollouts a question", least=2)
@@ -108,7 +108,7 @@ class Config:
     w_coh: float = flag(0.1, "reward of coherence")
     ratio_clip: float = flag(0.2, "PPO")
     std_norm: bool = flag(False, "divide advantages by the group's deviation", pretrained=True)
-    latent_grad: str = flag(("path", "score"), "path or score", pretrained="score")
+    latent_grad: str = flag(("path", "score"), pretrained="score")
     latent_coef: float = flag(1.0, "weight of the terms of latents and stops")
     latent_mean: bool = flag(False, "score: density averaged, not summed, over d")
     kl_coef: float = flag(0.0, "weight of the KL from the policy that RL began with")
@@ -118,8 +118,8 @@ class Config:
     log_every: int = flag(10, "steps between lines of metrics.jsonl", least=1, free=True)
     save_every: int = flag(500, "steps between checkpoints", least=1, free=True, pretrained=1000)
     keep: int = flag(2, "checkpoints kept", least=1, free=True)
-    device: str = flag(("auto", "cpu", "cuda"), "auto, cpu, cuda", **RUN)
-    dtype: str = flag(DTYPES, "autocast (auto: on a GPU, not for rl with score)", own=True)
+    device: str = flag(("auto", "cpu", "cuda"), **RUN)
+    dtype: str = flag(("auto", "float32", "bfloat16"), "autocast (auto: on a GPU, not for score)", own=True)
     compile: str = flag(AUTO, "torch.compile of the blocks (auto: on a GPU)", **RUN)
     activation_checkpointing: str = flag(AUTO, "of wide passes (auto: on a GPU)", free=True)
     threads: int = flag(0, "CPU threads (0: torch's choice)", **RUN)
@@ -141,8 +141,6 @@ class Config:
         batch = self.questions_per_step * self.group
         if self.minibatch % self.questions_per_step or batch % self.minibatch:
             raise ValueError(f"--minibatch {self.minibatch}: not --questions_per_step x a divisor of --group")
-        if self.thoughts_per_step * self.max_steps >= self.context:
-            raise ValueError("--thoughts_per_step times --max_steps leaves no room in --context")
 
 
 FIELDS = {f.name: f for f in fields(Config)}
@@ -177,9 +175,9 @@ def parse(argv):
 
 def resolve(given):
     """The Config of a run: defaults, then those of its case or its --init, then the flags."""
-    init, stage, values = given.get("init"), given.get("stage"), {}
-    if not init:
-        init = str(Path(given.get("out_dir", Config.out_dir), "vae")) if stage == "rl" else ""
+    init, stage, values = given.get("init", ""), given.get("stage"), {}
+    if stage == "rl" and not init:
+        init = str(Path(given.get("out_dir", Config.out_dir), "vae"))
     if init and Path(init, "config.json").is_file() and not Path(init, "train.json").is_file():
         values = defaults("pretrained")
         if given.get("method") in ("simcot", "coconut"):
@@ -205,7 +203,7 @@ def resolve(given):
 class Run:
     """What a stage works with: processes, device, folder, log. begin() adds model, tokenizer, data."""
 
-    def __init__(self, cfg, name):
+    def __init__(self, cfg, name, resumed=None, step=0):
         self.cfg, self.name, self.dir = cfg, name, Path(cfg.out_dir, name)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.main, self.device = self.rank == 0, device_of(cfg.device)
@@ -215,16 +213,13 @@ class Run:
         # a density is a sum over d, in which bfloat16 or TF32 would move every ratio out of the clip
         exact = name == "rl" and cfg.latent_grad == "score" and cfg.dtype == "auto"
         self.bf16 = on[cfg.dtype] and not exact
+        self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16, self.bf16)
         torch.set_float32_matmul_precision("highest" if exact or cfg.dtype == "float32" else "high")
         self.began, self.signal = time.time(), 0  # signal: the number of one that asks the run to stop
-        self.step, self.resumed = 0, None  # steps made; the checkpoint that a resumed run goes on from
-
-    def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        self.resumed, self.step = resumed, step  # the checkpoint that the run goes on from, steps made
 
     def wrap(self, module):
-        devices = [self.device.index] if self.gpu else None
-        return module if self.world == 1 else DDP(module, device_ids=devices, gradient_as_bucket_view=True)
+        return module if self.world == 1 else DDP(module, gradient_as_bucket_view=True)
 
     def no_sync(self, ddp, more):
         """Gradients are averaged over processes at the last micro-batch only, not while there are more."""
@@ -244,7 +239,7 @@ class Run:
         if self.gpu:
             values["memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
         if self.main:
-            with open(self.dir / "metrics.jsonl", "a", encoding="utf-8") as f:
+            with open(self.dir / "metrics.jsonl", "a") as f:
                 f.write(json.dumps(values) + "\n")
 
     def say(self, text):
@@ -255,15 +250,15 @@ class Run:
     def steps(self, total):
         """The steps still to be made, as a bar where there is a terminal."""
         disable = None if self.main else True
-        return tqdm(range(self.step, total), self.name, total, initial=self.step, disable=disable)
+        self.bar = tqdm(range(self.step, total), self.name, total, initial=self.step, disable=disable)
+        return self.bar
 
     def clip_gradients(self, optimizer, clip):
         """The gradient norm before clipping; FloatingPointError where it is not finite."""
         params = [p for group in optimizer.param_groups for p in group["params"]]
         norm = float(torch.nn.utils.clip_grad_norm_(params, clip or math.inf))
         if not math.isfinite(norm):
-            raise FloatingPointError(f"step {self.step + 1}: the gradient norm is {norm}; "
-                                     "the last checkpoint stands")
+            raise FloatingPointError(f"step {self.step + 1}: the gradient norm is {norm}; checkpoints stand")
         return norm
 
     def ask_to_stop(self, number, _):
@@ -320,7 +315,7 @@ def build(cfg, run):
     policy is kept; RL refuses it."""
     torch.manual_seed(generator(cfg.seed, WEIGHTS).initial_seed())
     init, model, tokenizer = cfg.init, None, Tokenizer.from_pretrained(cfg.init or ASSETS)
-    asked = {part: getattr(cfg, part) for part in ("vae", "stop", "decode")}
+    asked = {"vae": cfg.vae, "stop": cfg.stop, "decode": cfg.decode}
     parts = METHODS[cfg.method] | {part: v == "yes" for part, v in asked.items() if v != "auto"}
     if init and Path(init, "latent.json").is_file():
         model = LatentReasoner.from_pretrained(init, device=run.device, decode=parts["decode"])
@@ -331,7 +326,7 @@ def build(cfg, run):
     if not init:
         policy = LLaMA(LLaMAConfig(
             tokenizer.vocab_size, cfg.hidden_size, cfg.intermediate_size, cfg.layers, cfg.heads, cfg.heads,
-            cfg.hidden_size // cfg.heads, max_position_embeddings=cfg.context, eos_token_id=tokenizer.eos_id))
+            cfg.hidden_size // cfg.heads, cfg.context, eos_token_id=tokenizer.eos_id))
     latent = LatentConfig(**parts, method=cfg.method, max_steps=cfg.max_steps, start_id=start, end_id=end,
                           thoughts_per_step=cfg.thoughts_per_step, eos_id=tokenizer.end_id(),
                           vocab_size=tokenizer.vocab_size)
@@ -381,7 +376,7 @@ def save_checkpoint(run, optimizer):
         save_tensors(tensors, part / "optimizer.safetensors")
         with open(run.dir / "metrics.jsonl", "ab") as log:
             logged = log.tell()
-        write_json(part / "train.json", {"config": asdict(run.cfg), "step": run.step, "logged": logged})
+        write_json(part / "train.json", {"config": vars(run.cfg), "step": run.step, "logged": logged})
         os.replace(part, final)
     except OSError as e:
         shutil.rmtree(part, ignore_errors=True)
@@ -400,18 +395,16 @@ def tidy(run, keep):
 
 
 def resume_point(cfg, given, folder):
-    """(cfg, checkpoint, step, bytes of the log) to go on from: the run's settings, but for those that are
-    free."""
-    found = sorted(folder.glob(f"{STEP}/train.json"))
-    if not (cfg.resume and found):
+    """(cfg, checkpoint, step, bytes of the log) to go on from. cfg decides only on what is free."""
+    ckpt = max(folder.glob(STEP), default=None)
+    if not (cfg.resume and ckpt):
         return cfg, None, 0, 0
-    ckpt = found[-1].parent
     match read_state(ckpt):
         case {"step": int(step), "logged": int(logged), "config": saved} if (
                 min(step, logged) >= 0 and saved.keys() == FIELDS.keys()):
             kept = {k: v for k, v in saved.items() if not FIELDS[k].metadata.get("free")}
         case _:
-            raise ValueError(f"{found[-1]}: broken or of another version; it can be --init, but not --resume")
+            raise ValueError(f"{ckpt}/train.json: broken or of another version; only --init may take it")
     for k, v in kept.items():
         if given.get(k, v) != v:
             raise ValueError(f"--{k} {given[k]}: --resume goes on with a run that has --{k} {v} ({folder})")
@@ -419,13 +412,12 @@ def resume_point(cfg, given, folder):
 
 
 def take_folder(run, lock, logged):
-    """Lock the run's folder, and clear what a kill or an earlier run left there after the point where this
-    run begins."""
+    """Lock the run's folder, and clear what others left there beyond the point where this run begins."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"{run.dir}: another run writes there (give another --out_dir)") from None
-    if run.resumed and max(run.dir.glob(f"{STEP}/train.json")).parent != run.resumed:
+    if run.resumed and max(run.dir.glob(STEP)) != run.resumed:
         raise ValueError(f"{run.dir}: another run has written there meanwhile; start again")
     for leftover in run.dir.glob(".tmp-*"):
         shutil.rmtree(leftover)
@@ -437,10 +429,9 @@ def take_folder(run, lock, logged):
 @contextmanager
 def begin(cfg, name, given):
     """The Run of a stage, new or resumed, alone in its folder until the `with` block ends. A new run replaces
-    an earlier one there, once nothing can be wrong with its settings any more."""
+    an earlier one there once its settings have proved right."""
     cfg, ckpt, step, logged = resume_point(cfg, given, Path(cfg.out_dir, name))
-    run = Run(cfg, name)
-    run.resumed, run.step = ckpt, step
+    run = Run(cfg, name, ckpt, step)
     if not ckpt and cfg.init and Path(cfg.init).resolve().is_relative_to(run.dir.resolve()):
         raise ValueError(f"--init {cfg.init}: this run would replace {run.dir} (give another --out_dir)")
     size = "questions_per_step" if name == "rl" else "batch_size"
@@ -454,26 +445,28 @@ def begin(cfg, name, given):
     run.train, run.valid = read_data(run, "train"), read_data(run, "valid")[:cfg.eval_size]
     run.dir.mkdir(parents=True, exist_ok=True)
     lock = os.open(run.dir, os.O_RDONLY)  # the system unlocks however the process ends
-    before = [signal.getsignal(number) for number in SIGNALS]
+    before = {number: signal.signal(number, run.ask_to_stop) for number in SIGNALS}
     try:
         if run.main:
             take_folder(run, lock, logged)
         if cfg.resume:
             run.say(f"resumed at step {step} ({ckpt or 'no checkpoint'})")
-        for number in SIGNALS:
-            signal.signal(number, run.ask_to_stop)
         yield run
         if run.signal:  # it came while the last checkpoint was written
             raise SystemExit(128 + run.signal)
     finally:
         os.close(lock)
-        for number, handler in zip(SIGNALS, before):
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def finish_step(run, optimizer, step, stage, end, total):
-    """Validate and save where it is due. SystemExit, 128 + signal, where one asked the run to stop."""
-    run.step = step
+def finish_step(run, optimizer, figures, stage, end, total):
+    """Log, validate and save where it is due. SystemExit, 128 + signal, where one asked the run to stop."""
+    run.step = step = run.step + 1
+    if step % run.cfg.log_every == 0 or step == total:
+        figures = run.mean(figures)
+        run.log(step=step, stage=stage, **figures)
+        run.bar.set_postfix([*figures.items()][:4])  # as many as fit in a line
     if step == end or (run.cfg.eval_every and step % run.cfg.eval_every == 0):
         validate(run, stage)
     stop = run.asked_to_stop()
@@ -542,13 +535,9 @@ def fit_micro_batch(run, stage):
     longest = (sorted(run.train, key=len)[-size:] * size)[-size:]
     held = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]  # AdamW's
     while True:
-        run.micro_batch = len(longest)
-        noise = sft_noise(run, len(longest) * run.world, stage, 0)
-        [batch] = micro_batches(run, longest * run.world, stage, noise)
-        # a second micro-batch, or any under DDP, finds gradients in memory
-        only = len(longest) == size and run.world == 1
-        try:
-            for _ in range(1 if only else 2):
+        batch = collate(longest, model.config, stage, sft_noise(run, len(longest), stage, 0))
+        try:  # a second micro-batch, or any under DDP, finds gradients in memory
+            for _ in range(1 if len(longest) == size and run.world == 1 else 2):
                 with run.autocast():
                     losses = model(moved(batch, run.device))
                 sum(losses.values()).backward()
@@ -559,7 +548,7 @@ def fit_micro_batch(run, stage):
             longest = longest[-len(longest) // 2:]
         finally:
             losses = None
-            model.zero_grad(set_to_none=True)
+            model.zero_grad()
             torch.cuda.empty_cache()
     del held
     size = torch.tensor(len(longest), device=run.device)
@@ -573,14 +562,14 @@ def train_supervised(cfg, name, given):
     """Curriculum from text to latents (or text alone). The trained checkpoint is in out_dir/name."""
     with begin(cfg, name, given) as run:
         cfg, model, optimizer = run.cfg, run.model, None
-        # epochs count questions that are imitated, so that every method, nocot too, makes as many steps
+        # epochs count imitated questions: every method, nocot too, makes as many steps
         stages = curriculum(cfg, model.config.latent, min(len(run.train), cfg.annotated or len(run.train)))
         lengths, total = {s: b - a for s, a, b in stages}, stages[-1][2]
         text_steps, size = lengths.get(0, 0), sum(p.numel() for p in model.policy.parameters())
         run.say(f"{cfg.method}, {size / 1e6:.2f} M parameters, {len(run.train)} examples, {total} steps of "
                 f"{cfg.batch_size} (of each stage: {lengths})")
         weights = {"answer": 1.0, "stop": 1.0, "decode": cfg.decode_coef, "kl": cfg.beta_kl}
-        for step in (bar := run.steps(total)):
+        for step in run.steps(total):
             stage, opening, end = next(s for s in stages if step < s[2])
             if step == text_steps > 0 and model.decoder is not None:
                 model.decoder.load_state_dict(model.policy.state_dict())  # it starts as the warmed up policy
@@ -609,25 +598,11 @@ def train_supervised(cfg, name, given):
             lr = set_lr(optimizer, cfg.lr if stage else cfg.cot_lr, cfg.min_lr, progress,
                         (step - opening + 1) / max(1, cfg.warmup))
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if (step + 1) % cfg.log_every == 0 or step + 1 == total:
-                parts = run.mean(parts)
-                run.log(step=step + 1, stage=stage, lr=lr, grad_norm=norm, **parts)
-                bar.set_postfix(stage=stage, **parts)
-            finish_step(run, optimizer, step + 1, stage, end, total)
+            optimizer.zero_grad()
+            finish_step(run, optimizer, parts | {"grad_norm": norm, "lr": lr}, stage, end, total)
 
 
 # --- reinforcement learning (paper, section 3.3) ---
-
-def make_reference(run):
-    """LogProbs of the policy that RL began with, for --kl_coef. A resumed run reads --init again."""
-    start = LatentReasoner.from_pretrained(run.cfg.init, device=run.device, decode=False)
-    start.configure(replace(run.model.config, decode=False))
-    start.requires_grad_(False)
-    if run.compile:
-        start.policy.compile_blocks()
-    return LogProbs(start, run.cfg.latent_grad)
-
 
 def train_rl(cfg, given):
     """GRPO on questions and answers, from checkpoint cfg.init. The trained checkpoint is in out_dir/rl."""
@@ -638,35 +613,35 @@ def train_rl(cfg, given):
         model.set_trainable("rl")
         optimizer = make_optimizer(model, cfg, 0.0, run.resumed)
         ddp = run.wrap(LogProbs(model, cfg.latent_grad))
-        reference = make_reference(run) if cfg.kl_coef else None
+        reference = None
+        if cfg.kl_coef:  # from the policy that RL began with: a resumed run reads --init again
+            start, _ = build(replace(cfg, decode="no", w_coh=0.0), run)  # no decoder, nor a reward for it
+            if run.compile:
+                start.policy.compile_blocks()
+            reference = LogProbs(start.requires_grad_(False), cfg.latent_grad)
         run.say(f"{total} batches of {Q} questions x {G} rollouts, {Q * G // cfg.minibatch} "
                 f"optimizer steps each, from {cfg.init}")
         if run.step == 0:
             validate(run, "rl")  # what RL has to improve on
         order = cfg.seed + (RL_ORDER << 32)  # another than that of the supervised stage
-        for step in (bar := run.steps(total)):
+        for step in run.steps(total):
             lr = set_lr(optimizer, cfg.rl_lr, cfg.rl_min_lr, step / total, (step + 1) / max(1, cfg.rl_warmup))
             examples = [run.train[i] for i in batch_indices(order, step, len(run.train), Q)]
             stats = rl_step(run, ddp, reference, optimizer, examples)
-            bar.set_postfix({k: stats[k] for k in ("reward", "accuracy", "coherence")})
-            if (step + 1) % cfg.log_every == 0 or step + 1 == total:
-                run.log(step=step + 1, lr=lr, **stats)
-            finish_step(run, optimizer, step + 1, "rl", total, total)
+            finish_step(run, optimizer, stats | {"lr": lr}, "rl", total, total)
 
 
 # --- main ---
 
 def report(cfg, runs):
-    """Print the table of {label: run's folder}: the built-in test sets, the data's test split or what was
-    held out of a user's file."""
+    """Print the table of {label: run's folder} on the task's test sets, or what was held out of a file."""
     sets = TEST_SETS if cfg.data == "builtin" else (cfg.data,)
     split = "test" if cfg.data in (*BUILTIN, *DATASETS) else "valid"
     args = evaluation.parser().parse_args([])
     vars(args).update(data=sets, split=split, data_dir=cfg.data_dir, device=cfg.device, dtype=cfg.dtype,
                       compile=cfg.compile)
-    data, rows = evaluation.read_sets(args), []
-    for label, folder in runs.items():
-        rows.append((label, evaluation.measure(find_checkpoint(folder), data, args)["benchmarks"]))
+    data = evaluation.read_sets(args)
+    rows = [(label, evaluation.measure(run, data, args)["benchmarks"]) for label, run in runs.items()]
     print(evaluation.table(rows))
 
 

@@ -288,7 +288,7 @@ class LatentReasoner(nn.Module):
     def configure(self, config):
         """Work by this LatentConfig, if its plans fit the context."""
         context = self.policy.config.max_position_embeddings
-        if config.latent and config.thoughts_per_step * config.max_steps >= context:
+        if config.thoughts_per_step * config.max_steps >= context:
             raise ValueError(f"--thoughts_per_step times --max_steps: no room in a context of {context}")
         self.config = config
 
