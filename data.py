@@ -126,7 +126,7 @@ def load(name, split, data_dir="data"):
 
 def read_file(path, skip_bad=False):
     """The examples of a JSON array or of lines, packed if built in. Errors are "file:line: what is wrong"."""
-    examples, unpack = [], gzip.open if path.parent == ASSETS else open
+    examples, unpack = [], gzip.open if path.resolve().parent == ASSETS.resolve() else open
     with unpack(path, "rt", encoding="utf-8-sig", errors="surrogateescape") as file:
         try:
             text = file.read()  # with \n for \r\n and \r

@@ -138,8 +138,8 @@ class KVCache:
         return positions, new - (len(columns) - self.size), bias
 
     def replay(self, f, *inputs):
-        """f(*inputs), which does the same to this cache each time: a CUDA graph, one launch, from the second
-        call on. Tensors that f finds elsewhere must stay where they are."""
+        """f(*inputs), of the same shapes each time: a CUDA graph, one launch, from the second call on. It
+        knows addresses alone, so whatever else f reads and writes, as the tail, must stay where it is."""
         if self.inputs is None:  # kernels are compiled and loaded by a first call, not by a capture
             self.inputs = inputs
             return f(*inputs)
@@ -260,10 +260,10 @@ class LLaMA(nn.Module):
         x = x.clone(memory_format=torch.contiguous_format)  # compiled code would depend on a view's base
         valid = torch.ones(B, T, dtype=torch.bool, device=x.device) if valid is None else valid
         if cache.prefix is None:
-            positions, past = (torch.arange(T, device=x.device) if places is None else places % T)[None], ()
-            dtype = product_dtype(x)  # the matrices are cast once and not at every position
+            past, dtype = (), product_dtype(x)  # the matrices are cast once and not at every position
             cache.weights = [[p.to(dtype) for p in layer.parameters() if p.dim() > 1]
                              for layer in self.layers]
+            positions = (torch.arange(T, device=x.device) if places is None else places % T)[None]
         else:
             positions, *past = cache.extend(valid, x.dtype)
         self.inv_freq = self.inv_freq.to(x.device)

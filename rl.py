@@ -21,7 +21,8 @@ def coherence(steps, answer):
     for text in reversed(steps):
         operands, result = parse_step(text) or ([], None)
         coherent += any(numbers_equal(result, x) for x in wanted if None not in (result, x))
-        wanted = later = later + operands
+        later = later + operands
+        wanted = later
     return coherent / max(1, len(steps))
 
 

@@ -258,7 +258,8 @@ class Run:
         params = [p for group in optimizer.param_groups for p in group["params"]]
         norm = float(torch.nn.utils.clip_grad_norm_(params, clip or math.inf))
         if not math.isfinite(norm):
-            raise FloatingPointError(f"step {self.step + 1}: the gradient norm is {norm}; checkpoints stand")
+            raise FloatingPointError(f"step {self.step + 1}: the gradient norm is {norm}; "
+                                     "the last checkpoint stands")
         return norm
 
     def ask_to_stop(self, number, _):
@@ -396,15 +397,16 @@ def tidy(run, keep):
 
 def resume_point(cfg, given, folder):
     """(cfg, checkpoint, step, bytes of the log) to go on from. cfg decides only on what is free."""
-    ckpt = max(folder.glob(STEP), default=None)
-    if not (cfg.resume and ckpt):
+    state = max(folder.glob(f"{STEP}/train.json"), default=None)
+    if not (cfg.resume and state):
         return cfg, None, 0, 0
+    ckpt = state.parent
     match read_state(ckpt):
         case {"step": int(step), "logged": int(logged), "config": saved} if (
                 min(step, logged) >= 0 and saved.keys() == FIELDS.keys()):
             kept = {k: v for k, v in saved.items() if not FIELDS[k].metadata.get("free")}
         case _:
-            raise ValueError(f"{ckpt}/train.json: broken or of another version; only --init may take it")
+            raise ValueError(f"{state}: broken or of another version; it can be --init, but not --resume")
     for k, v in kept.items():
         if given.get(k, v) != v:
             raise ValueError(f"--{k} {given[k]}: --resume goes on with a run that has --{k} {v} ({folder})")
@@ -417,7 +419,7 @@ def take_folder(run, lock, logged):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"{run.dir}: another run writes there (give another --out_dir)") from None
-    if run.resumed and max(run.dir.glob(STEP)) != run.resumed:
+    if run.resumed and max(run.dir.glob(f"{STEP}/train.json")).parent != run.resumed:
         raise ValueError(f"{run.dir}: another run has written there meanwhile; start again")
     for leftover in run.dir.glob(".tmp-*"):
         shutil.rmtree(leftover)
@@ -580,7 +582,8 @@ def train_supervised(cfg, name, given):
                 fit_micro_batch(run, stage)
                 ckpt = run.resumed if step > opening else None
                 optimizer = make_optimizer(model, cfg, cfg.weight_decay, ckpt)
-                ddp, noise = run.wrap(model.train()), sft_noise(run, cfg.batch_size, stage, step)
+                ddp = run.wrap(model.train())
+                noise = sft_noise(run, cfg.batch_size, stage, step)
             examples = [run.train[i] for i in batch_indices(cfg.seed, step, len(run.train), cfg.batch_size)]
             batches, parts = list(micro_batches(run, examples, stage, noise)), {}
             for i, batch in enumerate(batches):
