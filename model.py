@@ -233,6 +233,7 @@ class LLaMA(nn.Module):
         torch.fx.experimental._config.use_duck_shape = False  # sizes equal once need not stay so
         # or backward writes over a saved tensor while it needs a saved view of it: wrong gradients (2.13)
         torch._functorch.config.donated_buffer = False
+        torch.compiler.config.cache_key_tag = "nothing donated"  # inductor's cache ignores the line above
         torch._dynamo.config.optimize_ddp = False  # or it would cut blocks at DDP's buckets
         self.run_block = torch.compile(Block.forward, dynamic=True, backend=backend)
         self.cuda_graphs = self.output_weight().is_cuda

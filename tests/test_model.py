@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch._inductor.utils import fresh_cache
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -591,22 +592,30 @@ def test_loading_holds_no_second_copy(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-@torch._inductor.config.patch({"force_disable_caches": True, "cpp.simdlen": 1})  # 1: compiles faster
+@torch._inductor.config.patch({"cpp.simdlen": 1})  # 1: compiles faster
 def test_gradients_of_inductor_through_a_chain():
-    """Those of two latents equal eager ones. Unless compile_blocks turns off donated buffers, backward of 2.13
-    writes over attention's probabilities before it has read a view of them."""
-    torch._dynamo.reset()
+    """Those of two latents equal eager ones. With donated buffers backward of 2.13 writes over attention's probabilities
+    before it has read a view of them; compile_blocks turns them off. A cache that was filled with them on does no harm."""
     plain = small(num_hidden_layers=1, hidden_size=16, intermediate_size=24, num_key_value_heads=2, head_dim=6)
     compiled, tokens = copy.deepcopy(plain), random_tokens(3, 5)
-    compiled.compile_blocks()
-    found = []
-    for net in (plain, compiled):
+
+    def of(net):
         cache = KVCache(4)
         h = net.hidden(tokens, cache=cache)[:, -1:]
         for _ in range(2):
             h = net.hidden(embeds=h, cache=cache)
-        found.append(gradients(net, h.pow(3).sum()))
-    assert_close(*found, atol=1e-3, rtol=1e-3)
+        return gradients(net, h.pow(3).sum())
+
+    with fresh_cache():
+        torch._dynamo.reset()
+        compiled.compile_blocks()
+        with torch._functorch.config.patch(donated_buffer=True), torch.compiler.config.patch(cache_key_tag=""):
+            wrong = of(compiled)
+        torch._dynamo.reset()
+        compiled.compile_blocks()
+        assert_close(of(compiled), of(plain), atol=1e-3, rtol=1e-3)
+    with pytest.raises(AssertionError):
+        assert_close(wrong, of(plain), atol=1e-3, rtol=1e-3)
 
 
 @torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
