@@ -30,7 +30,7 @@ MAX_NUMBER = 64  # characters
 DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
 NUMBER = re.compile(rf"((?:[-+]?\$?|\$[-+]){DIGITS})%?\.?")
 ANSWER = re.compile(rf"(?:\*\*)?(?:\\boxed\{{)?([-+]?(?:[$€£] ?)?[-+]?{DIGITS})%?[*}}.,;:!?)]*(?!\S)")
-STEP = re.compile(r"<<([^<>=]*)=([^<>=]*)>>")
+STEP = re.compile(r"<<([^<>=\n]*)=([^<>=\n]*)>>")
 TERM = re.compile(rf"(?:^|(?!^)(?://|[-+*/x×÷])) ?(?:[-+]? ?\( ?)*([-+]?) ?\$?({DIGITS})%?(?: ?\))* ?")
 
 
@@ -49,19 +49,20 @@ def format_number(number):
 
 
 def numbers_equal(a, b):
-    """As in PAL's evaluation of GSM-Hard."""
+    """|a - b| < 1e-3, as in PAL's evaluation of GSM-Hard."""
     return abs(a - b) < Decimal("0.001")
 
 
 def extract_answer(text):
     """The number after the last "###" or "####" in plain form, or None: "### $ 72, in total" -> "72"."""
     _, marker, rest = text.rpartition("###")
-    match = ANSWER.match(rest.lstrip().replace("−", "-")) if marker else None
+    match = ANSWER.match(rest.lstrip()[:2 * MAX_NUMBER].replace("−", "-")) if marker else None
     number = parse_number(re.sub("[$€£ ]", "", match[1])) if match else None
     return None if number is None else format_number(number)
 
 
 def is_correct(text, example):
+    """Whether the generated `text` gives the example's answer."""
     answer = extract_answer(text)
     return answer is not None and numbers_equal(Decimal(answer), Decimal(example.answer))
 
@@ -187,7 +188,7 @@ CHAR_TO_BYTE = dict(enumerate((b for b in range(256) if not chr(b).isprintable()
 
 class Tokenizer:
     """Byte-level BPE by tiktoken, whose ranks are the ids of `file`, the content of a tokenizer.json.
-    special: {name: id}; bos_id, eos_id: int or None."""
+    special: {name: id}; vocab_size: highest id + 1; bos_id, eos_id: int or None."""
 
     def __init__(self, file):
         self.file, vocab, merges = file, file["model"]["vocab"], file["model"]["merges"]
@@ -240,7 +241,7 @@ class Tokenizer:
         return self
 
     def save_pretrained(self, directory):
-        """For transformers as well."""
+        """Write tokenizer.json and tokenizer_config.json, for transformers as well."""
         names = {id: name for name, id in self.special.items()}
         stated = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": names.get(self.bos_id),
                   "eos_token": names.get(self.eos_id)}
@@ -259,9 +260,10 @@ class Tokenizer:
 
     def decode(self, ids):
         """Ids -> text, with U+FFFD for broken UTF-8 and unknown ids."""
-        return b"".join(self._bytes.get(id, b"\xff") for id in ids).decode(errors="replace")
+        return b"".join(self._bytes.get(int(id), b"\xff") for id in ids).decode(errors="replace")
 
     def end_id(self):
+        """eos_id, or a ValueError."""
         if self.eos_id is None:
             raise ValueError("the tokenizer has no end token: tokenizer_config.json needs an eos_token")
         return self.eos_id
@@ -356,7 +358,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def cli(main):
-    """Run main(). An error is one line, its exit status 2 if the user can mend it, else 1."""
+    """Run main(). An error is one line, its exit status 2 if the user can mend it, else 1; 130: Ctrl-C."""
     try:
         sys.exit(main())
     except (ValueError, OSError, FloatingPointError) as error:

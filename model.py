@@ -62,6 +62,7 @@ class LLaMAConfig:
             value = getattr(config, name)
             if type(value) not in (int, kind) or not 0 < value <= (2**24 if kind is int else 1e38):
                 raise ValueError(f"{name} must be a positive {kind.__name__}, not {value!r}")
+            setattr(config, name, kind(value))
         if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
             raise ValueError("num_attention_heads must be a multiple of num_key_value_heads, head_dim even")
         if config.rope_scaling and not 0 < rope["low_freq_factor"] < rope["high_freq_factor"] < math.inf:
@@ -132,7 +133,7 @@ class KVCache:
         start, self.filled = self.filled, self.filled + valid.shape[1]
         new = columns[start:self.filled]
         self.counts = self.counts.index_copy(1, new, valid)
-        positions = self.counts.cumsum(dim=1)[:, start:self.filled] - 1
+        positions = (self.counts.cumsum(dim=1)[:, start:self.filled] - 1).clamp(min=0)
         visible = self.counts[:, None] & (columns <= new[:, None])  # (B, T, S + N)
         bias = torch.where(visible, 0.0, -math.inf).to(dtype).unflatten(0, (-1, self.group))[:, None, :, None]
         return positions, new - (len(columns) - self.size), bias
@@ -184,9 +185,9 @@ class Block(nn.Module):
         self.mlp = nn.ModuleDict({"gate_up_proj": linear(d, 2 * width), "down_proj": linear(width, d)})
 
     def forward(self, x, rope, weights, past, places, shape, keep):
-        """x (B, T, d) -> x, (k, v). Without `past` (of KVCache.extend) a causal pass with k, v (B, KV, T, D),
-        else k, v are the new tail. With `places`, x (1, M, d) lies there in a (B, T) of `shape`: only
-        attention sees padding. `keep` (R,), indices into M: only this x (1, R, d) is returned."""
+        """x (B, T, d) -> x, (k, v). Without `past` (attend's, after q, k, v) a causal pass with k, v
+        (B, KV, T, D), else k, v are the new tail. With `places`, x (1, M, d) lies there in a (B, T) of
+        `shape`: only attention sees padding. `keep` (R,), indices into M: only this x (1, R, d) is returned."""
         qkv_proj, o_proj, gate_up_proj, down_proj = weights
         (H, KV, D), (cos, sin) = self.sizes, rope
         qkv = F.linear(self.input_layernorm(x), qkv_proj).unflatten(-1, (H + 2 * KV, D))  # (B, T, heads, D)

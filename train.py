@@ -141,6 +141,8 @@ class Config:
         batch = self.questions_per_step * self.group
         if self.minibatch % self.questions_per_step or batch % self.minibatch:
             raise ValueError(f"--minibatch {self.minibatch}: not --questions_per_step x a divisor of --group")
+        if self.thoughts_per_step * self.max_steps >= self.context:
+            raise ValueError("--thoughts_per_step times --max_steps leaves no room in --context")
 
 
 FIELDS = {f.name: f for f in fields(Config)}

@@ -288,7 +288,7 @@ class LatentReasoner(nn.Module):
     def configure(self, config):
         """Work by this LatentConfig, if its plans fit the context."""
         context = self.policy.config.max_position_embeddings
-        if config.thoughts_per_step * config.max_steps >= context:
+        if config.latent and config.thoughts_per_step * config.max_steps >= context:
             raise ValueError(f"--thoughts_per_step times --max_steps: no room in a context of {context}")
         self.config = config
 
@@ -346,7 +346,7 @@ class LatentReasoner(nn.Module):
                 stop_z.append(z)
                 if decides:
                     p = self.stop_logits(z).softmax(dim=-1)[:, 1]
-                    alive = alive & (p <= (0.5 if uniform is None else uniform[:, k]))
+                    alive = alive & ~(p > (0.5 if uniform is None else uniform[:, k]))
                 elif steps is not None:
                     alive = k < steps
                 if k == limit or (decides and not alive.any()):
