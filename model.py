@@ -187,7 +187,7 @@ class Block(nn.Module):
     def forward(self, x, rope, weights, past, places, shape, keep):
         """x (B, T, d) -> x, (k, v). Without `past` (attend's, after q, k, v) a causal pass with k, v
         (B, KV, T, D), else k, v are the new tail. With `places`, x (1, M, d) lies there in a (B, T) of
-        `shape`: only attention sees padding. `keep` (R,), indices into M: only this x (1, R, d) is returned."""
+        `shape`: only attention sees padding. `keep` (R,): indices into M, whose x (1, R, d) is returned."""
         qkv_proj, o_proj, gate_up_proj, down_proj = weights
         (H, KV, D), (cos, sin) = self.sizes, rope
         qkv = F.linear(self.input_layernorm(x), qkv_proj).unflatten(-1, (H + 2 * KV, D))  # (B, T, heads, D)
