@@ -18,8 +18,8 @@ def test_the_gpu_workload_runs_on_a_cpu():
     command = [sys.executable, str(Path(bench.__file__)), *flags.split()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0 and "failed" not in done.stdout, done.stdout + done.stderr
-    rows = [line.split(" | ")[0].strip("| ") for line in done.stdout.splitlines() if line.startswith("|")]
-    assert {"micro-batch 8", "micro-batch 4", "score, minibatch 2", "path, minibatch 16", "batch 256"} <= {*rows}
+    rows = {line.split(" | ")[0].strip("| ") for line in done.stdout.splitlines() if line.startswith("|")}
+    assert rows >= {"micro-batch 8", "micro-batch 4", "score, minibatch 2", "path, minibatch 16", "batch 256"}
 
 
 @pytest.mark.parametrize("measure", (bench.sft, bench.rl))

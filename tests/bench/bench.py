@@ -1,12 +1,12 @@
 """Speed and memory: supervised training, reinforcement learning, evaluation, loading.
 
-    python tests/bench.py                                   all CPU workloads (about 15 minutes on 2 cores)
-    python tests/bench.py --workloads E T --json bench.json
-    python tests/bench.py --workloads 1B-train              Llama-3.2-1B's shape on a GPU (about 10 minutes)
-    python tests/bench.py --counts                          what a CPU can count (2 minutes)
-    python tests/bench.py --ratios                          how far a step moves the density of latents
-    python tests/bench.py --signal out/vae                  how much of RL's gradients is signal (2 minutes)
-    python tests/bench.py --diversity out/vae out/rl        how unlike samples are (2 minutes each)
+    python tests/bench/bench.py                             all CPU workloads (about 15 minutes on 2 cores)
+    python tests/bench/bench.py --workloads E T --json bench.json
+    python tests/bench/bench.py --workloads 1B-train        Llama-3.2-1B's shape on a GPU (about 10 minutes)
+    python tests/bench/bench.py --counts                    what a CPU can count (2 minutes)
+    python tests/bench/bench.py --ratios                    how far a step moves the density of latents
+    python tests/bench/bench.py --signal out/vae            how much of RL's gradients is signal (2 minutes)
+    python tests/bench/bench.py --diversity out/vae out/rl  how unlike samples are (2 minutes each)
 
 S   SmolLM2-135M's shape, batch 8, up to 4 steps of 2 latents (its weights and tokenizer from --smollm2 DIR)
 T   a small LLaMA with a big vocabulary (256 wide, 4 layers, 49152 tokens), batch 32, up to 8 steps of 2
@@ -43,8 +43,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
 
 from data import ASSETS, Encoded, Example, Tokenizer, encode_all, load  # noqa: E402
 from eval import evaluate  # noqa: E402
@@ -65,7 +65,7 @@ WORKLOADS = {  # shape, then K, c, batch, questions x group of an RL step, rows 
 TINY = dict(shape=(64, 128, 2, 4, 2), vocab=500, K=3, batch=8, questions=2, micro=8)  # to try it on a CPU
 # The released SIM-CoT code itself (its class, transformers 4.46, the same weights, data, batch, AdamW, fp32),
 # measured apart, on 2 cores with a peak of 100 GFLOP/s: examples/s, GB at most, answers/s.
-# tests/published.py does that work here.
+# tests/bench/simcot_released.py does that work here.
 PUBLISHED = {"S": dict(examples_s=0.31, memory_gb=8.7, answers_s=0.29),
              "T": dict(examples_s=0.69, memory_gb=6.8, answers_s=0.77)}
 
@@ -352,7 +352,7 @@ def evaluation(name, args):
 
 def as_published(name, args, seconds=20.0):
     """Examples/s, answers/s and memory of the released code's way."""
-    from published import Published
+    from simcot_released import Published
     b = Bench(name, args)
     theirs, questions = Published(b), b.batch(0, 8)
     theirs.answer(questions[0])
@@ -546,19 +546,19 @@ def main():
         import counts
         counts.report(args)
     elif args.ratios:
-        import ratios
-        ratios.report()
+        import latent_ratios
+        latent_ratios.report()
     elif args.signal:
-        import studies
-        print(markdown(["latent_grad", "term", "norm", "cosine"], studies.signal(args.signal)))
+        import gradient_signal
+        print(markdown(["latent_grad", "term", "norm", "cosine"], gradient_signal.signal(args.signal)))
     elif args.diversity:
-        import studies
+        import gradient_signal
         print(markdown(["", "sampled", "distinct plans of 32", "distinct answers of 32", "pass@1 %",
-                        "pass@32 %"], studies.diversity(args.diversity)))
+                        "pass@32 %"], gradient_signal.diversity(args.diversity)))
     else:
         if "1B-train" in args.workloads:  # in this process
-            import bench_1b
-            bench_1b.train_1b(args)
+            import gpu
+            gpu.train_1b(args)
             args.workloads.remove("1B-train")
         results = results_of(args)
         report(results)
