@@ -79,20 +79,17 @@ def synchronize(device):
 
 def timed(f, device):
     synchronize(device)
-    start = time.time()
+    start = time.perf_counter()  # unlike time.time() it never goes back, and tells microseconds apart
     f()
     synchronize(device)
-    return time.time() - start
+    return time.perf_counter() - start
 
 
 def matmul_peak(device, seconds=0.5):
-    """GFLOP/s of fp32 matrix products, the best of several."""
+    """GFLOP/s of fp32 matrix products, the best of those that fit in `seconds`, and of one at least."""
     a = torch.randn(2048, 2048, device=device)
-    best, end = 0.0, time.time() + seconds
-    a @ a
-    while time.time() < end:
-        best = max(best, 2 * 2048**3 / timed(lambda: a @ a, device) / 1e9)
-    return best
+    product = lambda step: timed(lambda: a @ a, device)
+    return 2 * 2048**3 / min(rounds(product, seconds, least=1)[1:]) / 1e9
 
 
 def markdown(head, rows):
@@ -225,10 +222,10 @@ def forward_flops(config, tokens, logits):
 
 def rounds(work, seconds, least=3):
     """What work(1), work(2), ... returned, for so many seconds after the first, which also pays for
-    allocations and compilation."""
+    allocations and compilation. However short the time, there are `least` results after the first."""
     results = [work(1)]
-    end = time.time() + seconds
-    while time.time() < end or len(results) <= least:
+    end = time.perf_counter() + seconds
+    while len(results) <= least or time.perf_counter() < end:
         results.append(work(len(results) + 1))
     return results
 
@@ -506,8 +503,15 @@ def report(results):
                         "model GB", "peak memory / model", "forward, 128 tokens, s"], rows))
 
 
-def arguments():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def positive(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be 1 or more")
+    return int(text)
+
+
+def arguments(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--workloads", nargs="+", default=["S", "T", "E", "1B"],
                    choices=["S", "T", "E", "1B", "1B-train"])
     p.add_argument("--smollm2", default=os.environ.get("SMOLLM2_DIR", ""),
@@ -527,11 +531,12 @@ def arguments():
     p.add_argument("--worker", help=argparse.SUPPRESS)
     group = p.add_argument_group("1B-train")
     group.add_argument("--only", default="sft,rl,eval", help="which parts")
-    group.add_argument("--micro", type=int, nargs="+", default=[256, 128, 64], help="micro-batches of SFT")
+    group.add_argument("--micro", type=positive, nargs="+", default=[256, 128, 64],
+                       help="micro-batches of SFT")
     group.add_argument("--seconds", type=float, default=15.0, help="of each measurement")
     group.add_argument("--profile", action="store_true", help="print the longest kernels")
     group.add_argument("--tiny", action="store_true", help="a tiny shape, to try it on a CPU")
-    return p.parse_args()
+    return p.parse_args(argv)
 
 
 def main():
