@@ -115,7 +115,7 @@ def test_rollout_does_not_depend_on_the_batch():
     assert [t[:n] for t, n in zip(whole.tokens[rows].tolist(), whole.lengths[rows].tolist())] == [
         t[:n] for t, n in zip(part.tokens.tolist(), part.lengths.tolist())]
     # members of groups, of some questions
-    cut, kept = whole.part([2, 0], [1, 3]), [9, 11, 1, 3]
+    cut, kept = whole.select([2, 0], [1, 3]), [9, 11, 1, 3]
     assert cut.group == 2 and cut.prefix.ids.equal(whole.prefix.ids[[2, 0]])
     for name in ("eps", "tokens", "lengths"):
         assert getattr(cut, name).equal(getattr(whole, name)[kept]), name
@@ -211,7 +211,7 @@ def test_text_loss_in_parts_equals_cross_entropy(tied, monkeypatch):
         got = text_loss(net, h, targets, weights)
         near(got, want)
         near(torch.autograd.grad(3 * got, (h, table)), gradients)
-        assert max(seen) == rows and sum(seen) == 7  # each once
+        assert max(seen) == rows and sum(seen) == (7 if rows == 7 else 14)  # in parts again by backward
 
 
 def test_text_loss_in_parts_under_autocast(monkeypatch):
@@ -281,7 +281,7 @@ def test_plan_texts_equals_one_at_a_time(monkeypatch):
 def test_generation_ends_at_eos():
     model = oracle.tiny("nocot")
     with torch.no_grad():
-        model.policy.embed_tokens.weight[oracle.EOS] = 3 * model.policy.hidden(torch.tensor([[1, 2]]))[0, -1]
+        model.policy.embed_tokens.weight[oracle.EOS] = 3 * oracle.read(model.policy, oracle.embed(model.policy, [1, 2]))
     out = model.rollout([[1, 2]], max_tokens=16)
     assert out.tokens.tolist() == [[oracle.EOS]] and out.lengths.tolist() == [1]
 
