@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import data
-from builtin_task import tokenizer_of
+from make_task import tokenizer_of
 from data import Tokenizer
 from model import LLaMA, write_json
 from vae import LatentReasoner, read_state
