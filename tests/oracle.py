@@ -86,8 +86,8 @@ def stop_head(model, z):
 
 
 def next_latent(model, embeds, eps, read):
-    """z, mu, logvar after a list of embeddings. Without a latent head z is the hidden state, and the others are
-    None. Without the VAE, or without noise, z = mu."""
+    """z, mu, logvar after a list of embeddings. Without a latent head z is the hidden state and there are no
+    mu and logvar. Without the VAE, or without noise, z = mu."""
     h = read(model.policy, embeds)
     if not model.config.head:
         return h, None, None
@@ -194,10 +194,8 @@ def negative_log_likelihood(llama, inputs, tokens, read):
 
 def kl_to_standard_normal(mu, logvar):
     """KL(N(mu, sigma^2) || N(0, 1)), mean over the dimensions, by its definition E[log p - log q]."""
-    total = 0
-    for m, v in zip(mu, logvar.exp()):
-        total = total + (v + m * m) / 2 - (1 + v.log()) / 2
-    return total / len(mu)
+    variance = logvar.exp()
+    return ((variance + mu * mu) / 2 - (1 + variance.log()) / 2).mean()
 
 
 def sft_losses(model, example, stage, noise=None, read=read):
@@ -257,7 +255,7 @@ def batch_losses(model, examples, stage, noise=None, read=read):
 # --- the RL objective (paper, section 3.3) ---
 
 def advantages(rewards, group):
-    """(r - mean) / (std + 1e-8) of each group, with the deviation of a sample (N - 1). 0 where all are equal."""
+    """(r - mean) / (std + 1e-8) of each group, std with N - 1 of a group of N. 0 where all are equal."""
     result = []
     for start in range(0, len(rewards), group):
         r = rewards[start:start + group]
@@ -270,10 +268,8 @@ def advantages(rewards, group):
 
 def log_density(z, mu, logvar):
     """log N(z; mu, sigma^2), summed over the dimensions."""
-    total = 0
-    for x, m, v in zip(z, mu, logvar.exp()):
-        total = total - (x - m) ** 2 / (2 * v) - torch.log(2 * math.pi * v) / 2
-    return total
+    variance = logvar.exp()
+    return (-(z - mu) ** 2 / (2 * variance) - torch.log(2 * math.pi * variance) / 2).sum()
 
 
 def stopping_latent(model, question, plan, noise, row, read=read):
@@ -283,8 +279,8 @@ def stopping_latent(model, question, plan, noise, row, read=read):
 
 
 def choices(model, question, plan, stop_z, tokens, read=read):
-    """Log-probabilities of a rollout's choices, the latents held fixed: a list for the latent side, and one for
-    the tokens. plan: list of (c, d). stop_z: where it chose to stop, None where it ran into K."""
+    """Log-probabilities of a rollout's choices, the latents held fixed: a list for the latent side and one
+    for the tokens. plan: list of (c, d). stop_z: where it chose to stop, None where it ran into K."""
     config, policy = model.config, model.policy
     seq, latents, words = embed(policy, question), [], []
     if config.latent:
