@@ -313,12 +313,16 @@ ONE_STEP = dict(max_iters=1)  # of the last stage, in which all reasoning steps 
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_collection():
-    """A run collects garbage a few times. What other tests hold is not looked through each time."""
+def surroundings():
+    """What a run sets in torch does not outlive these tests. Its garbage collections, which are many here, do
+    not look through all that was imported."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     gc.collect()
     gc.freeze()
     yield
     gc.unfreeze()
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
 
 
 @pytest.fixture(scope="module")
@@ -361,20 +365,28 @@ class Trained:
 
 
 @pytest.fixture(scope="module")
-def sft(tmp_path_factory, questions):
-    """sft(flag=value, ...): the run of that command line. Equal command lines run once."""
+def new_run(tmp_path_factory, questions):
+    """new_run(flag=value, ...): the run of that command line."""
+    def command(**flags):
+        out, argv = tmp_path_factory.mktemp("run"), []
+        for name, value in {"stage": "vae", "data": questions, **FLAGS, **flags, "out_dir": out}.items():
+            switch = f"--no-{name}" if value is False else f"--{name}"
+            argv += [switch] if isinstance(value, bool) else [switch, str(value)]
+        train.main(argv)
+        return Trained(out)
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def sft(new_run):
+    """new_run, but equal command lines run once. Not for tests that look into a run."""
     known = {}
 
-    def command(stage="vae", **flags):
-        flags = {**FLAGS, "stage": stage, "data": questions, **flags}
+    def command(**flags):
         key = json.dumps(flags, sort_keys=True)
         if key not in known:
-            out, argv = tmp_path_factory.mktemp("run"), []
-            for name, value in {**flags, "out_dir": out}.items():
-                switch = f"--{name}" if value is not False else f"--no-{name}"
-                argv += [switch] if isinstance(value, bool) else [switch, str(value)]
-            train.main(argv)
-            known[key] = Trained(out)
+            known[key] = new_run(**flags)
         return known[key]
 
     return command
@@ -542,11 +554,10 @@ def test_seed_and_batch_size_choose_the_examples(sft, questions, seed, size):
 
 
 @covers("seed", "hidden_size", "layers", "heads", "intermediate_size", "context")
-def test_a_model_from_nothing(sft):
+def test_a_model_from_nothing(sft, new_run):
     """Its weights are the seed's, its sizes those that were asked for."""
     start = sft(lr=0.0, **ONE_STEP)
-    same, other = (sft(lr=0.0, seed=seed, **more, **ONE_STEP).weights()
-                   for seed, more in ((0, {"log_every": 2}), (1, {})))
+    same, other = (new_run(lr=0.0, seed=seed, **ONE_STEP).weights() for seed in (0, 1))
     for name, p in start.weights().items():
         assert p.equal(same[name]) and (p.dim() == 1 or not p.equal(other[name])), name
     sizes = dict(hidden_size=24, layers=2, heads=3, intermediate_size=40, context=200)
@@ -569,7 +580,7 @@ def test_noise_of_latents_is_the_seeds(sft, tmp_path):
 
 @covers("micro_batch")
 @pytest.mark.parametrize("limit, rows", [(3, [2, 3, 3]), (4, [4, 4]), (128, [8])])
-def test_micro_batch_limits_the_rows_of_a_pass_of_sft(sft, limit, rows, monkeypatch):
+def test_micro_batch_limits_the_rows_of_a_pass_of_sft(new_run, limit, rows, monkeypatch):
     seen, forward = [], LatentReasoner.forward
 
     def counted(self, batch):
@@ -577,7 +588,7 @@ def test_micro_batch_limits_the_rows_of_a_pass_of_sft(sft, limit, rows, monkeypa
         return forward(self, batch)
 
     monkeypatch.setattr(LatentReasoner, "forward", counted)
-    sft(micro_batch=limit, log_every=3, **ONE_STEP)  # log_every: a command line that no other test has run
+    new_run(micro_batch=limit, **ONE_STEP)
     assert sorted(seen) == rows
 
 
@@ -591,7 +602,7 @@ def test_latents_of_a_plan_without_a_stop_head(sft, c, steps):
 # --- reinforcement learning from the command line ---
 
 @pytest.fixture
-def rl_run(sft, monkeypatch):
+def rl_run(sft, new_run, monkeypatch):
     """rl_run(flag=value, ...): the run, and what each call of rl_step was given. Every other answer is well
     formed, so that rewards differ."""
     def texts(self, tokens, lengths, tokenizer):
@@ -600,16 +611,15 @@ def rl_run(sft, monkeypatch):
     calls = []
 
     def recorded(run, ddp, reference, optimizer, examples):
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        calls.append(dict(ddp=ddp, reference=reference, groups=groups, optimizer=optimizer,
+        calls.append(dict(ddp=ddp, reference=reference, lr={group["lr"] for group in optimizer.param_groups},
                           questions=[e.example.id for e in examples]))
         return rl_step(run, ddp, reference, optimizer, examples)
 
     def command(**flags):
         calls.clear()
-        return sft("rl", init=str(start.path), **flags), list(calls)
+        return new_run(stage="rl", init=start, **flags), list(calls)
 
-    start = sft(lr=0.0, **ONE_STEP)
+    start = sft(lr=0.0, **ONE_STEP).path
     monkeypatch.setattr(LatentReasoner, "texts", texts)
     monkeypatch.setattr(train, "rl_step", recorded)
     return command
@@ -629,7 +639,7 @@ def test_schedule_of_rl(rl_run, flags, total):
         cosine = cfg.rl_min_lr + (1 - cfg.rl_min_lr) * (1 + math.cos(math.pi * i / total)) / 2
         want = cfg.rl_lr * cosine * (min(1.0, (i + 1) / cfg.rl_warmup) if cfg.rl_warmup else 1.0)
         assert line["lr"] == pytest.approx(want)
-        assert {group["lr"] for group in call["groups"]} == {line["lr"]}
+        assert call["lr"] == {line["lr"]}
         assert len(call["questions"]) == cfg.questions_per_step
 
 
@@ -638,7 +648,7 @@ def test_the_optimizer_of_rl(rl_run, sft):
     """AdamW without decay: its first step is rl_lr times the sign of the gradient."""
     start = sft(lr=0.0, **ONE_STEP).weights()
     for lr, beta2 in ((1e-3, 0.9), (2e-4, 0.98)):
-        run, [call] = rl_run(rl_iters=1, rl_lr=lr, beta2=beta2, weight_decay=0.5, decay_all=True)
+        run, _ = rl_run(rl_iters=1, rl_lr=lr, beta2=beta2, weight_decay=0.5, decay_all=True)
         after = run.weights()
         want = {name: -lr * g / (g.abs() + 1e-8) for name, g in run.gradient().items()}
         assert len(want) > 10 and not any(name.startswith("decoder") for name in want)
@@ -653,7 +663,7 @@ def test_what_rl_step_is_given(rl_run):
     for grad, coef, seed in (("score", 0.0, 0), ("path", 0.5, 0), ("score", 0.5, 1)):
         _, [call] = rl_run(latent_grad=grad, kl_coef=coef, seed=seed, rl_iters=1)
         assert (call["reference"] is not None) == (coef > 0)
-        model, rollout = call["ddp"].model, None
+        model = call["ddp"].model
         noise = Noise.draw(2, model.config, 16, 4, generator(0))
         rollout = model.rollout([[1, 2], [3]], 1, noise, 4)
         for log_probs in filter(None, (call["ddp"], call["reference"])):
@@ -665,7 +675,7 @@ def test_what_rl_step_is_given(rl_run):
 # --- running ---
 
 @covers("log_every", "eval_every", "eval_size", "save_every", "keep", "threads")
-def test_when_a_run_logs_and_validates_and_saves(sft, monkeypatch):
+def test_when_a_run_logs_and_validates_and_saves(new_run, monkeypatch):
     sizes, threads = [], []
     evaluate = evaluation.evaluate
     monkeypatch.setattr(evaluation, "evaluate", lambda model, tokenizer, questions, *args, **more: (
@@ -676,25 +686,25 @@ def test_when_a_run_logs_and_validates_and_saves(sft, monkeypatch):
             (1, 0, 1, 1, 2, [1, 2, 3, 4, 5, 6], [6], [5, 6]), (2, 0, 2, 2, 9, [2, 4, 6], [6], [2, 4, 6]),
             (4, 2, 3, 9, 2, [4, 6], [2, 4, 6], [6])):
         sizes.clear()
-        run = sft(log_every=log, eval_every=validate, eval_size=size, save_every=save, keep=keep, **flags)
+        run = new_run(log_every=log, eval_every=validate, eval_size=size, save_every=save, keep=keep, **flags)
         assert [line["step"] for line in run.steps] == steps
         assert [line["step"] for line in run.lines if "valid" in line] == valid
         assert sizes == [size] * len(valid)
         assert [int(ckpt.name[-1]) for ckpt in run.checkpoints] == saved
-    sft(threads=3, log_every=6, **flags)
+    new_run(threads=3, **flags)
     assert threads == [1, 1, 1, 3]
 
 
 @covers("stage", "out_dir")
 def test_stages_and_their_folders(sft, rl_run):
     """Trained finds the log in out_dir."""
-    assert sft(method="cot", stage="cot", max_iters=2).steps[-1]["stage"] == 0
+    assert sft(stage="cot", method="cot", max_iters=2).steps[-1]["stage"] == 0
     assert sft(**ONE_STEP).steps[0]["stage"] == 2
     assert rl_run(rl_iters=1)[0].steps[0]["stage"] == "rl"
 
 
 @covers("compile", "activation_checkpointing", "dtype", "device")
-def test_how_a_run_computes(sft, rl_run, monkeypatch):
+def test_how_a_run_computes(new_run, rl_run, monkeypatch):
     """What is set while a loss, or the log-probabilities of RL, are computed."""
     seen, compiled = set(), []
 
@@ -710,14 +720,14 @@ def test_how_a_run_computes(sft, rl_run, monkeypatch):
     for module in (LatentReasoner, LogProbs):
         monkeypatch.setattr(module, "forward", spied(module.forward))
     monkeypatch.setattr(LLaMA, "compile_blocks", lambda self: compiled.append(self))
-    for run in (lambda **flags: sft(**flags, **ONE_STEP), lambda **flags: rl_run(**flags, rl_iters=1)):
+    for run in (lambda **flags: new_run(**flags, **ONE_STEP), lambda **flags: rl_run(**flags, rl_iters=1)):
         for again, dtype, compile in (("yes", "bfloat16", "no"), ("no", "float32", "yes")):
             seen.clear(), compiled.clear()
             run(activation_checkpointing=again, dtype=dtype, compile=compile)
             assert seen == {(again == "yes", dtype == "bfloat16")}
             assert len(compiled) == (2 if compile == "yes" else 0)  # policy and decoder
     with pytest.raises(ValueError, match="--device cuda"):  # the tests see no GPU
-        sft(device="cuda")
+        new_run(device="cuda")
 
 
 # --- nothing is forgotten ---
