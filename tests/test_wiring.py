@@ -314,11 +314,8 @@ ONE_STEP = dict(max_iters=1)  # of the last stage, in which all reasoning steps 
 
 @pytest.fixture(scope="module", autouse=True)
 def surroundings():
-    """What a run sets in torch does not outlive these tests. Its garbage collections, which are many here, do
-    not look through all that was imported."""
+    """What a run sets in torch does not outlive these tests."""
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    gc.collect()
-    gc.freeze()
     yield
     gc.unfreeze()
     torch.set_num_threads(threads)
@@ -373,6 +370,7 @@ def new_run(tmp_path_factory, questions):
             switch = f"--no-{name}" if value is False else f"--{name}"
             argv += [switch] if isinstance(value, bool) else [switch, str(value)]
         train.main(argv)
+        gc.freeze()  # the next run's garbage collections do not look through all that was imported
         return Trained(out)
 
     return command
