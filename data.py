@@ -92,7 +92,7 @@ def parse_step(text):
 
 # --- readers ---
 
-ASSETS = Path(__file__).with_name("assets") / "builtin"  # the built-in task, made by tests/builtin_task.py
+ASSETS = Path(__file__).with_name("assets") / "builtin"  # the built-in task, made by tests/tools/make_task.py
 TEST_SETS = ("in_dist", "hard", "reworded", "easy")  # like the paper's GSM8K, GSM-Hard, SVAMP, MultiArith
 BUILTIN = {"builtin": ("train", "valid"), "chain": ("train", "valid", "test"),
            **dict.fromkeys(TEST_SETS, ("test",))}

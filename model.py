@@ -12,6 +12,7 @@ import os
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -87,10 +88,31 @@ def rope_frequencies(config):
     return (1 - smooth) * freq / factor + smooth * freq
 
 
-def first(counts, width):
-    """Bool mask (B, width) of the first `counts` (B,) of each row."""
+def length_mask(counts, width):
+    """Bool mask (B, width) of the first `counts` (B,) columns of each row."""
     return torch.arange(width, device=counts.device) < counts[:, None]
 
+
+class Padded(NamedTuple):
+    """Right-padded rows of token ids."""
+
+    ids: torch.Tensor    # (B, T)
+    mask: torch.Tensor   # (B, T) bool: where there is a token
+    index: torch.Tensor  # (M,) where the tokens are in the flattened (B * T)
+
+    @classmethod
+    def of(cls, rows):
+        width = max([1, *map(len, rows)])
+        ids = torch.tensor([row + [-1] * (width - len(row)) for row in rows]).view(-1, width)
+        return cls.masked(ids.clamp(min=0), ids >= 0)
+
+    @classmethod
+    def masked(cls, ids, mask):
+        """On a GPU the CPU waits for the number of tokens."""
+        return cls(ids, mask, mask.flatten().nonzero()[:, 0])
+
+
+# --- attention ---
 
 def product_dtype(x):
     """The dtype of matrix products with x: autocast's where it is on."""
@@ -98,65 +120,71 @@ def product_dtype(x):
     return torch.get_autocast_dtype(x.device.type) if on else x.dtype
 
 
-def gather(x, places):
-    """x (B, T, ...) at places (M,) of the flat (B * T): (1, M, ...)."""
-    return x.flatten(0, 1).index_select(0, places)[None]
-
-
-def spread(x, places, shape):
-    """The reverse of gather, with zeros elsewhere."""
-    whole = x.new_zeros(shape[0] * shape[1], *x.shape[2:])
-    return whole.index_copy(0, places, x[0]).unflatten(0, shape)
-
-
 class KVCache:
-    """Keys and values of each layer as at the top: size is N, group is G."""
+    """Keys and values of each layer: a prefix that was read, and the tail of what follows it."""
 
-    def __init__(self, size, group=1):
-        self.size, self.group = size, group
-        self.prefix = self.inputs = self.graph = None  # the last two are replay's
-
-    def start(self, valid):
-        """The first pass, whose columns count where `valid` (Q, S) is set, becomes the prefix."""
-        self.prefix = [(k.contiguous(), v.contiguous()) for k, v in self.prefix]
+    def __init__(self, prefix, mask, tail, group, weights):
+        """prefix: k, v (Q, KV, S, D) of each layer. mask (Q, S): columns of it that are tokens. tail: N.
+        weights: the matrices of each layer in the dtype of products."""
+        self.prefix = [(k.contiguous(), v.contiguous()) for k, v in prefix]
         k = self.prefix[0][0]
-        Q, KV, self.filled, D = k.shape  # filled: columns that are written
-        # with a gradient, as later tails, or the first latent would be compiled apart
-        empty = partial(k.new_zeros, (Q, KV, self.group, self.size, D), requires_grad=k.requires_grad)
-        self.tail = [(empty(), empty()) for _ in self.prefix]
-        self.counts = F.pad(valid.repeat_interleave(self.group, dim=0), (0, self.size))  # (B, S + N)
+        Q, KV, self.filled, D = k.shape  # filled: columns written so far
+        # with a gradient like all later tails, or the first latent would be compiled apart
+        empty = partial(k.new_zeros, (Q, KV, group, tail, D), requires_grad=k.requires_grad)
+        self.tail = [(empty(), empty()) for _ in prefix]
+        self.mask = F.pad(mask.repeat_interleave(group, dim=0), (0, tail))  # (B, S + N)
+        self.size, self.group, self.weights = tail, group, weights
+        self.graph = self.graph_inputs = self.graph_output = None
 
-    def extend(self, valid, dtype):
-        """T new columns, which count where `valid` (B, T) is set. Returns positions (B, T) and what attend
-        takes: columns of the tail (T,), bias (Q, 1, G, 1, T, S + N)."""
-        columns = torch.arange(self.counts.shape[1], device=valid.device)
-        start, self.filled = self.filled, self.filled + valid.shape[1]
+    def add_columns(self, mask, dtype):
+        """T new columns, tokens where `mask` (B, T) is set. Returns their positions (B, T), their place in
+        the tail (T,), and attention's bias (Q, 1, G, 1, T, S + N): -inf at what may not be seen."""
+        columns = torch.arange(self.mask.shape[1], device=mask.device)
+        start, self.filled = self.filled, self.filled + mask.shape[1]
         new = columns[start:self.filled]
-        self.counts = self.counts.index_copy(1, new, valid)
-        positions = (self.counts.cumsum(dim=1)[:, start:self.filled] - 1).clamp(min=0)
-        visible = self.counts[:, None] & (columns <= new[:, None])  # (B, T, S + N)
+        self.mask = self.mask.index_copy(1, new, mask)
+        # what is masked uses up no position
+        positions = (self.mask.cumsum(dim=1)[:, start:self.filled] - 1).clamp(min=0)
+        visible = self.mask[:, None] & (columns <= new[:, None])  # (B, T, S + N)
         bias = torch.where(visible, 0.0, -math.inf).to(dtype).unflatten(0, (-1, self.group))[:, None, :, None]
         return positions, new - (len(columns) - self.size), bias
 
+    def set_tail(self, layer, kv):
+        self.tail[layer] = kv
+
     def replay(self, f, *inputs):
-        """f(*inputs), of the same shapes each time: a CUDA graph, one launch, from the second call on. It
-        knows addresses alone, so whatever else f reads and writes, as the tail, must stay where it is."""
-        if self.inputs is None:  # kernels are compiled and loaded by a first call, not by a capture
-            self.inputs = inputs
+        """f(*inputs), with inputs of the same shapes each time. From the second call on it is a CUDA graph,
+        one launch. A graph knows addresses alone: all that f reads and writes must stay where it is."""
+        if self.graph_inputs is None:  # the first call compiles and loads kernels, which a capture cannot
+            self.graph_inputs = inputs
             return f(*inputs)
-        torch._foreach_copy_(self.inputs, inputs)
+        torch._foreach_copy_(self.graph_inputs, inputs)
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # NCCL has its own thread
-                self.output = f(*self.inputs)
+                self.graph_output = f(*self.graph_inputs)
         self.graph.replay()
-        return self.output.clone()
+        return self.graph_output.clone()
 
 
-def attend(q, k, v, prefix_k, prefix_v, tail_k, tail_v, columns, bias):
+def causal_attention(q, k, v, packed):
+    """Attention in a wide pass. q, k, v (B, T, heads, D), or packed (1, M, heads, D) -> y alike, and k, v
+    (B, KV, T, D) for a cache. packed: (index, B, T) of a Padded, or None."""
+    if packed is not None:  # only attention sees padding: all other work is on tokens alone
+        index, B, T = packed
+        q, k, v = (t.new_zeros(B * T, *t.shape[2:]).index_copy(0, index, t[0]).unflatten(0, (B, T))
+                   for t in (q, k, v))
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, D)
+    gqa = q.shape[1] > k.shape[1]
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa).transpose(1, 2)
+    y = y if packed is None else y.flatten(0, 1).index_select(0, index)[None]
+    return y, k, v
+
+
+def cached_attention(q, k, v, prefix_k, prefix_v, tail_k, tail_v, columns, bias):
     """Attention of T new columns q, k, v (B, T, heads, D) -> y, new tail. Letters: question q, row of its
     group g, new column t, key-value head k, query head r of it, column of prefix s, of tail n."""
-    (Q, KV, G, N, D), T = tail_k.shape, q.shape[1]
+    (Q, _, G, N, D), T, KV = tail_k.shape, q.shape[1], k.shape[2]
     k, v = (x.unflatten(0, (Q, G)).permute(0, 3, 1, 2, 4) for x in (k, v))  # (Q, KV, G, T, D)
     # autograd needs every version of the tail
     write = torch.index_copy if torch.is_grad_enabled() else torch.Tensor.index_copy_
@@ -174,40 +202,42 @@ def attend(q, k, v, prefix_k, prefix_v, tail_k, tail_v, columns, bias):
 
 
 class Block(nn.Module):
+    """Attention, then SwiGLU."""
+
     def __init__(self, config):
         super().__init__()
-        d, width = config.hidden_size, config.intermediate_size
+        d, self.width = config.hidden_size, config.intermediate_size
         H, KV, D = self.sizes = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         linear = partial(nn.Linear, bias=False)
         self.input_layernorm = nn.RMSNorm(d, config.rms_norm_eps)
         self.self_attn = nn.ModuleDict({"qkv_proj": linear(d, (H + 2 * KV) * D), "o_proj": linear(H * D, d)})
         self.post_attention_layernorm = nn.RMSNorm(d, config.rms_norm_eps)
-        self.mlp = nn.ModuleDict({"gate_up_proj": linear(d, 2 * width), "down_proj": linear(width, d)})
+        self.mlp = nn.ModuleDict({"gate_up_proj": linear(d, 2 * self.width),
+                                  "down_proj": linear(self.width, d)})
 
-    def forward(self, x, rope, weights, past, places, shape, keep):
-        """x (B, T, d) -> x, (k, v). Without `past` (attend's, after q, k, v) a causal pass with k, v
-        (B, KV, T, D), else k, v are the new tail. With `places`, x (1, M, d) lies there in a (B, T) of
-        `shape`: only attention sees padding. `keep` (R,): indices into M, whose x (1, R, d) is returned."""
+    def forward(self, x, rope, weights, past=None, packed=None, wanted=None):
+        """x (B, T, d) -> x, (k, v). past: what cached_attention takes after q, k, v; None: a wide pass.
+        Only positions `wanted` (R,), indices into T, are finished and returned."""
         qkv_proj, o_proj, gate_up_proj, down_proj = weights
+        q, k, v = self.qkv(x, rope, qkv_proj)
+        y, *kv = causal_attention(q, k, v, packed) if past is None else cached_attention(q, k, v, *past)
+        if wanted is not None:
+            x, y = x.index_select(1, wanted), y.index_select(1, wanted)
+        x = x + F.linear(y.flatten(2), o_proj)
+        gate_up = F.linear(self.post_attention_layernorm(x), gate_up_proj)
+        # a width that is a plain number lets inductor read the two halves in wide loads
+        gate, up = gate_up.unflatten(-1, (2, self.width)).unbind(-2)
+        return x + F.linear(F.silu(gate) * up, down_proj), tuple(kv)
+
+    def qkv(self, x, rope, weight):
+        """x (B, T, d) -> q (B, T, H, D), k and v (B, T, KV, D), q and k rotated."""
         (H, KV, D), (cos, sin) = self.sizes, rope
-        qkv = F.linear(self.input_layernorm(x), qkv_proj).unflatten(-1, (H + 2 * KV, D))  # (B, T, heads, D)
+        qkv = F.linear(self.input_layernorm(x), weight).unflatten(-1, (H + 2 * KV, D))
         qk, v = qkv.split((H + KV, KV), dim=2)
         a, b = qk.chunk(2, dim=-1)  # pairs lie D / 2 apart, as in Hugging Face's files
         qk = qk * cos + torch.cat((-b, a), dim=-1) * sin
         q, k = qk.to(v.dtype).split((H, KV), dim=2)
-        if past is None:
-            if places is not None:
-                q, k, v = (spread(t, places, shape) for t in (q, k, v))
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, D)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H > KV).transpose(1, 2)
-            y = y if places is None else gather(y, places)
-        else:
-            y, k, v = attend(q, k, v, *past)
-        if keep is not None:
-            x, y = x.index_select(1, keep), y.index_select(1, keep)
-        x = x + F.linear(y.flatten(2), o_proj)
-        gate, up = F.linear(self.post_attention_layernorm(x), gate_up_proj).chunk(2, dim=-1)
-        return x + F.linear(F.silu(gate) * up, down_proj), (k, v)
+        return q, k, v
 
 
 class LLaMA(nn.Module):
@@ -230,6 +260,7 @@ class LLaMA(nn.Module):
         self.add_tokens()
 
     def compile_blocks(self, backend="inductor"):
+        """Compile Block.forward unbound: it takes its layer as an argument, so one compilation serves all."""
         torch._dynamo.config.recompile_limit = 64  # there are more kinds of passes than 8
         torch.fx.experimental._config.use_duck_shape = False  # sizes equal once need not stay so
         # or backward writes over a saved tensor while it needs a saved view of it: wrong gradients (2.13)
@@ -239,8 +270,67 @@ class LLaMA(nn.Module):
         self.run_block = torch.compile(Block.forward, dynamic=True, backend=backend)
         self.cuda_graphs = self.output_weight().is_cuda
 
-    def forward(self, *args, **more):
-        return self.logits(self.hidden(*args, **more))
+    def forward(self, tokens):
+        return self.logits(self.read(self.embed_tokens(tokens))[0])
+
+    def read(self, embeds, padded=None, wanted=None, tail=0, group=1):
+        """A causal pass over embeddings (B, T, d). Returns the last hidden states (B, T, d) and, with a tail
+        of columns to go on with, a KVCache for `group` rows a question (else None).
+
+        padded: the Padded whose embeddings they are. Then only tokens are computed, and the hidden states
+        are those (R, d) of the tokens `wanted` (R,), indices into padded.index."""
+        B, T = embeds.shape[:2]
+        embeds = embeds.to(self.embed_tokens.weight.dtype)
+        if padded is None:
+            packed, positions = None, torch.arange(T, device=embeds.device)
+            mask = torch.ones(B, T, dtype=torch.bool, device=embeds.device)
+        else:
+            packed, positions, mask = (padded.index, B, T), padded.index % T, padded.mask
+            embeds = embeds.flatten(0, 1).index_select(0, padded.index)[None]  # (1, M, d)
+        x = embeds.clone(memory_format=torch.contiguous_format)  # compiled code would depend on a view's base
+        dtype = product_dtype(x)
+        weights = [[p.to(dtype) for p in layer.parameters() if p.dim() > 1] for layer in self.layers]
+        rope, run, prefix = self.rope(positions[None], x.dtype), self.block_of_width(T), []
+        for i, layer in enumerate(self.layers):
+            # the last layer is finished only where its output is read
+            x, kv = run(layer, x, rope, weights[i], None, packed, wanted if i + 1 == len(self.layers) else None)
+            prefix.append(kv)
+        x = self.norm(x)
+        cache = KVCache(prefix, mask, tail, group, weights) if tail else None
+        return x if padded is None else x[0], cache
+
+    def step(self, embeds, cache, mask=None):
+        """The next T columns of the rows of a cache: embeddings (B, T, d) -> last hidden states (B, T, d).
+        mask (B, T): which are tokens (None: all); the others are seen by nobody."""
+        B, T = embeds.shape[:2]
+        embeds = embeds.to(self.embed_tokens.weight.dtype)
+        x = embeds.clone(memory_format=torch.contiguous_format)
+        mask = torch.ones(B, T, dtype=torch.bool, device=x.device) if mask is None else mask
+        positions, *past = cache.add_columns(mask, x.dtype)
+        run = partial(self.step_layers, cache)
+        if self.cuda_graphs and T == 1 and not torch.is_grad_enabled():
+            run = partial(cache.replay, run)
+        return run(x, *self.rope(positions, x.dtype), *past)
+
+    def step_layers(self, cache, x, cos, sin, columns, bias):
+        run = self.block_of_width(x.shape[1])
+        for i, layer in enumerate(self.layers):
+            past = *cache.prefix[i], *cache.tail[i], columns, bias
+            x, kv = run(layer, x, (cos, sin), cache.weights[i], past)
+            cache.set_tail(i, kv)
+        return self.norm(x)
+
+    def rope(self, positions, dtype):
+        """cos, sin (B, T, 1, D) of positions (B, T)."""
+        self.inv_freq = self.inv_freq.to(positions.device)
+        angles = positions[..., None, None] * self.inv_freq.repeat(2)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def block_of_width(self, T):
+        """run_block, with activation checkpointing for wide passes: they keep much for backward and are
+        cheap to repeat. Single positions are neither."""
+        again = self.activation_checkpointing and T > 1 and torch.is_grad_enabled()
+        return partial(checkpoint, self.run_block, use_reentrant=False) if again else self.run_block
 
     def tables(self):
         """The embedding and, where it is another, the output layer."""
@@ -251,50 +341,6 @@ class LLaMA(nn.Module):
 
     def logits(self, h):
         return F.linear(h, self.output_weight())[..., :self.config.vocab_size]
-
-    def hidden(self, tokens=None, embeds=None, cache=None, valid=None, places=None, keep=None):
-        """Last hidden states (B, T, d) of token ids (B, T) or embeddings (B, T, d). `valid` (B, T): columns
-        that count. A cache's first pass is causal; with `places` (M,) it computes only these of the flat
-        (B * T), and returns those (R, d) that `keep` (R,), indices into places, names."""
-        embeds = self.embed_tokens(tokens) if embeds is None else embeds.to(self.embed_tokens.weight.dtype)
-        (B, T), cache = embeds.shape[:2], cache or KVCache(0)
-        x = embeds if places is None else gather(embeds, places)
-        x = x.clone(memory_format=torch.contiguous_format)  # compiled code would depend on a view's base
-        valid = torch.ones(B, T, dtype=torch.bool, device=x.device) if valid is None else valid
-        if cache.prefix is None:
-            past, dtype = (), product_dtype(x)  # the matrices are cast once and not at every position
-            cache.weights = [[p.to(dtype) for p in layer.parameters() if p.dim() > 1]
-                             for layer in self.layers]
-            positions = (torch.arange(T, device=x.device) if places is None else places % T)[None]
-        else:
-            positions, *past = cache.extend(valid, x.dtype)
-        self.inv_freq = self.inv_freq.to(x.device)
-        angles = positions[..., None, None] * self.inv_freq.repeat(2)  # (B, T, 1, D)
-        rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        run = partial(self.run_layers, cache, places, (B, T), keep)
-        if self.cuda_graphs and past and T == 1 and not torch.is_grad_enabled():
-            run = partial(cache.replay, run)
-        x = run(x, *rope, *past)
-        if cache.size and not past:
-            cache.start(valid)
-        return x if keep is None else x[0]
-
-    def run_layers(self, cache, places, shape, keep, x, cos, sin, *past):
-        """All blocks and the last norm. past: what extend gives, () in the first pass."""
-        run, kv = self.run_block, []
-        # wide passes keep much for backward and are cheap to repeat; single positions are neither
-        if self.activation_checkpointing and shape[1] > 1 and torch.is_grad_enabled():
-            run = partial(checkpoint, run, use_reentrant=False)
-        for i, layer in enumerate(self.layers):
-            seen = (*cache.prefix[i], *cache.tail[i], *past) if past else None
-            wanted = keep if layer is self.layers[-1] else None
-            x, layer_kv = run(layer, x, (cos, sin), cache.weights[i], seen, places, shape, wanted)
-            kv.append(layer_kv)
-        if past:
-            cache.tail = kv
-        else:
-            cache.prefix = kv
-        return self.norm(x)
 
     @torch.no_grad()
     def add_tokens(self, ids=(), like=None):
@@ -324,7 +370,7 @@ class LLaMA(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
-        """Read config.json and model.safetensors or its shards, a part of a tensor at a time."""
+        """Read config.json and model.safetensors or its shards, a tensor at a time."""
         raw, found = read_json(f"{path}/config.json"), tensor_files(Path(path))
         try:
             config = LLaMAConfig.from_dict(raw)
@@ -332,19 +378,22 @@ class LLaMA(nn.Module):
                 model = cls(config)
         except (ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as e:
             raise ValueError(f"{path}/config.json: {one_line(e)}") from None
-        # some files of tied models hold the embedding again
-        twice = found.pop("lm_head.weight", None) if config.tie_word_embeddings else None
+        if not any(name.startswith("model.") for name in found):  # saved from inside LlamaForCausalLM
+            found = {name if name == "lm_head.weight" else f"model.{name}": v for name, v in found.items()}
+        embedding, output = "model.embed_tokens.weight", None
+        if config.tie_word_embeddings and "lm_head.weight" in found:  # files may hold either name, or both
+            output = found.pop("lm_head.weight")
+            found.setdefault(embedding, output)
         check_tensors(found, model.disk_parts(), path)
         model = model.to(dtype).to_empty(device=device)
         for module in model.tables():
             module.weight.data[config.vocab_size:] = 0
         for name, out in model.disk_parts().items():
-            for rows, stored in in_parts(found[name]):
-                out[rows] = stored
-        if twice:
-            table = model.embed_tokens.weight[:config.vocab_size]
-            check_tensors({"lm_head.weight": twice}, {"lm_head.weight": table}, path)
-            if not all(torch.equal(stored.to(table), table[rows]) for rows, stored in in_parts(twice)):
+            out.copy_(read_tensor(found[name]))
+        if output:
+            table = model.disk_parts()[embedding]
+            check_tensors({"lm_head.weight": output}, {"lm_head.weight": table}, path)
+            if not torch.equal(read_tensor(output).to(table), table):
                 raise ValueError(f"{path}: lm_head.weight is not the embedding, to which config.json ties it")
         return model
 
@@ -406,13 +455,11 @@ def tensor_headers(file):
         raise ValueError(f"{file}: not a readable safetensors file ({one_line(e)})") from None
 
 
-def in_parts(entry):
-    """(rows, these rows) of the tensor of an entry of tensor_headers, some at a time."""
-    file, name, shape, _ = entry
-    step = 2**24 // math.prod(shape[1:]) + 1
-    for i in range(0, shape[0], step):
-        with safe_open(file, framework="pt") as f:  # until it is closed, what was read is in memory
-            yield slice(i, i + step), f.get_slice(name)[i:i + step]
+def read_tensor(entry):
+    """The tensor of an entry of tensor_headers."""
+    file, name, _, _ = entry
+    with safe_open(file, framework="pt") as f:  # until it is closed, what was read is in memory
+        return f.get_tensor(name)
 
 
 def check_tensors(found, wanted, path):

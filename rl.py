@@ -1,4 +1,14 @@
-"""Active planning: GRPO in latent space (paper, section 3.3). For its departures see README.md."""
+"""Active planning: GRPO in latent space (paper, section 3.3). Start at rl_step, the last function but one.
+
+Departures from the paper and its released code:
+1. Coherence compares numbers, not substrings. An unparsable step is incoherent, an empty plan scores 0.
+2. --latent_grad path sends gradients through the latents instead of treating them as actions.
+3. log p(stop) is one more term of the latent side. (Released: it takes the place of the forced
+   <|end-latent|> among the tokens.) <eos> counts among the tokens.
+4. A minibatch has as many rollouts of each question. (Released: random ones.)
+5. Without differing rewards in any group there is no step: AdamW would make a full one of rounding.
+6. DDP averages gradients, each process with its own questions. (Released: the step bypasses DDP.)
+"""
 
 import time
 from typing import NamedTuple
@@ -8,7 +18,7 @@ import torch
 import torch.nn as nn
 
 from data import extract_answer, is_correct, numbers_equal, parse_number, parse_step, well_formed
-from model import KVCache, first
+from model import length_mask
 from vae import RL_NOISE, Noise, gaussian_kl, gaussian_logp, generator, masked_mean, precise
 
 
@@ -26,9 +36,9 @@ def coherence(steps, answer):
     return coherent / max(1, len(steps))
 
 
-def score(model, rollout, examples, tokenizer, w_acc=1.0, w_fmt=0.5, w_coh=0.1):
-    """The reward and its parts, float tensors (B,) on the CPU. Row b answers examples[b // group]. Only plans
-    of right answers are decoded; all with w_acc 0, where no label is used."""
+def compute_rewards(model, rollout, examples, tokenizer, w_acc, w_fmt, w_coh):
+    """The rewards and their parts, float tensors (B,) on the CPU. Row b answers examples[b // group]. Only
+    plans of right answers are decoded; all with w_acc 0, where no label is used."""
     texts, ended = model.texts(rollout.tokens, rollout.lengths, tokenizer)
     correct = [is_correct(text, examples[b // rollout.group]) for b, text in enumerate(texts)]
     form = [end and well_formed(text) for text, end in zip(texts, ended)]
@@ -40,15 +50,15 @@ def score(model, rollout, examples, tokenizer, w_acc=1.0, w_fmt=0.5, w_coh=0.1):
         plans = model.plan_texts(rollout.plan.z[rows], rollout.plan.steps[rows], tokenizer)
         for row, plan in zip(rows, plans):
             coherent[row] = coherence(plan, extract_answer(texts[row]))
-    reward = w_acc * correct + w_fmt * form + w_coh * coherent
-    return dict(reward=reward, accuracy=correct, well_formed=form, coherence=coherent, decoded=decoded)
+    rewards = w_acc * correct + w_fmt * form + w_coh * coherent
+    return dict(rewards=rewards, accuracy=correct, well_formed=form, coherence=coherent, decoded=decoded)
 
 
-def advantages(reward, group, std=True):
-    """(r - mean) / (std + 1e-4) in each group of rows; std=False: r - mean. (B,) -> (B,)."""
-    r = reward.view(-1, group)
+def group_advantages(rewards, group, std_norm):
+    """r - mean, with std_norm divided by (std + 1e-4), in each group of rows. (B,) -> (B,)."""
+    r = rewards.view(-1, group)
     a = r - r.mean(1, keepdim=True)
-    if std:
+    if std_norm:
         a = a / (r.std(1, correction=0, keepdim=True) + 1e-4)
     equal = (r == r[:, :1]).all(1, keepdim=True)  # their mean may be off by rounding
     return a.masked_fill(equal, 0.0).flatten()
@@ -85,28 +95,30 @@ class LogProbs(nn.Module):
     def forward(self, rollout):
         policy, config, plan = self.model.policy, self.model.config, rollout.plan
         (N, c), A = plan.z.shape[1:3], rollout.tokens.shape[1]
-        cache, written = KVCache(N * c + A, rollout.group), first(rollout.lengths, A)
-        h = self.model.read(rollout.prefix, cache)  # (B, d)
-        skip = 0 if config.latent else 1  # the prefix gives the first token
+        written = length_mask(rollout.lengths, A)
+        h, cache = self.model.read(rollout.prefix, N * c + A, rollout.group)  # (B, d)
+        # a token's probability is read at the input before it: <|end-latent|> or, without latents, the prefix
+        skip = 0 if config.latent else 1
         text = nn.functional.pad(rollout.tokens[:, :-1], (1, 0), value=config.end_id)[:, skip:]
+        text = policy.embed_tokens(text)
         latent = stop = mu = logvar = None
         stop_z = plan.stop_z
         if config.latent and self.path:  # the cache keeps the latents
             stop_z = self.model.think(h, cache, N, plan.steps, rollout.eps).stop_z
-            h = policy.hidden(text, cache=cache, valid=written)
+            h = policy.step(text, cache, written)
         else:
-            text = policy.embed_tokens(text)
             inputs = torch.cat((plan.z.flatten(1, 2), text), dim=1)
-            valid = torch.cat((first(plan.steps * c, N * c), written[:, skip:]), dim=1)
+            mask = torch.cat((length_mask(plan.steps * c, N * c), written[:, skip:]), dim=1)
             h = h[:, None]  # and the state after each input
             if inputs.shape[1]:
-                h = torch.cat((h, policy.hidden(embeds=inputs, cache=cache, valid=valid)), dim=1)
+                h = torch.cat((h, policy.step(inputs, cache, mask)), dim=1)
             if config.vae:
                 mu, logvar = self.model.latent(h[:, :N * c].unflatten(1, (N, c)))
-                latent = gaussian_logp(plan.z, mu, logvar) * first(plan.steps, N)[..., None]
+                latent = gaussian_logp(plan.z, mu, logvar) * length_mask(plan.steps, N)[..., None]
         if config.stop:
             go, halt = self.model.stop_logits(stop_z).log_softmax(dim=-1).unbind(dim=-1)
-            stop = torch.where(first(plan.steps, N + 1), go, halt) * first(plan.steps + plan.stopped, N + 1)
+            chosen = torch.where(length_mask(plan.steps, N + 1), go, halt)
+            stop = chosen * length_mask(plan.steps + plan.stopped, N + 1)
         logits = precise(policy.logits(h[:, -A:])[..., :config.vocab_size])
         token = logits.log_softmax(dim=-1).gather(-1, rollout.tokens[..., None]).squeeze(-1)
         return Terms(latent, stop, token * written, mu, logvar)
@@ -120,48 +132,62 @@ def divergence(new, reference, rollout):
     if new.mu is not None:  # in the units of the reference, which is N(0, 1) there
         mu = (new.mu - reference.mu) * torch.exp(-0.5 * reference.logvar)
         kl = gaussian_kl(mu, new.logvar - reference.logvar) * mu.shape[-1]  # (B, N, c)
-        parts.append(masked_mean(kl, first(steps, kl.shape[1])[..., None].expand_as(kl)))
+        parts.append(masked_mean(kl, length_mask(steps, kl.shape[1])[..., None].expand_as(kl)))
     for p, q, choices in ((new.token, reference.token, rollout.lengths),
                           (new.stop, reference.stop, steps + rollout.plan.stopped)):
         if p is not None:
             log_ratio = q - p
             most = log_ratio.clamp(max=10)  # beyond, its tangent: the pull grows no more
             estimate = most.exp() * (1 + (log_ratio - most)) - log_ratio - 1
-            parts.append(masked_mean(estimate, first(choices, p.shape[1])))
+            parts.append(masked_mean(estimate, length_mask(choices, p.shape[1])))
     return sum(parts)
 
 
-def objective(new, old, rollout, advantage, total, clip=0.2, latent_coef=1.0, latent_mean=False):
-    """PPO-clipped loss, a share of the mean over `total` rollouts, and statistics. new, old: Terms of the
-    weights now and before the update. In each rollout latents and stop, and tokens, are averaged apart."""
+def latent_log_ratio(new, old, rollout, latent_mean):
+    """Log-ratios (B, terms) of the choices made in latent space, and which count: each latent's density, with
+    log p(continue) added at the first latent of a reasoning step, then log p(stop). Without densities, each
+    p(continue) is a term of its own. None where there is neither."""
     (N, c, d), steps, stopped = rollout.plan.z.shape[1:], rollout.plan.steps, rollout.plan.stopped
-    stops, pairs = first(steps + stopped, N + 1), []  # pairs: (difference of log-probabilities, mask)
+    stop_mask, terms = length_mask(steps + stopped, N + 1), []
     if new.latent is not None:
         density = (new.latent - old.latent) / (d if latent_mean else 1)  # (B, N, c)
-        if new.stop is not None:  # log p(continue) belongs to the first latent of its step
+        if new.stop is not None:
             density[..., 0] += (new.stop - old.stop)[:, :N]
-            stops = stops & ~first(steps, N + 1)
-        pairs.append((density.flatten(1), first(steps * c, N * c)))
+            stop_mask = stop_mask & ~length_mask(steps, N + 1)
+        terms.append((density.flatten(1), length_mask(steps * c, N * c)))
     if new.stop is not None:
-        pairs.append((new.stop - old.stop, stops))
-    sides = {"token": (new.token - old.token, first(rollout.lengths, new.token.shape[1]), 1.0)}
-    if pairs:
-        sides["latent"] = *(torch.cat(x, dim=1) for x in zip(*pairs)), latent_coef
-    loss, stats, a = 0, {}, advantage[:, None]
-    for name, (diff, mask, coef) in sides.items():
-        ratio = diff.clamp(-3, 3).exp()
-        gain = torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a)
-        loss = loss - coef * masked_mean(gain, mask).sum() / total
-        outside = (ratio - 1).abs() > clip
-        stats |= {f"{name}_terms": mask.sum(), f"{name}_clipped": (outside & mask).sum()}
+        terms.append((new.stop - old.stop, stop_mask))
+    return [torch.cat(x, dim=1) for x in zip(*terms)] if terms else None
+
+
+def clipped_term(log_ratio, mask, advantages, clip):
+    """PPO: the mean of min(ratio A, clip(ratio) A) over each rollout's choices (B,), and how many choices
+    there are and are outside the clip."""
+    ratio, A = log_ratio.clamp(-3, 3).exp(), advantages[:, None]
+    gain = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
+    outside = (ratio - 1).abs() > clip
+    return masked_mean(gain, mask), mask.sum(), (outside & mask).sum()
+
+
+def objective(new, old, rollout, advantages, total, ratio_clip, latent_coef, latent_mean):
+    """The loss, a share of the mean over `total` rollouts, and statistics: minus the sum of a term for answer
+    tokens and latent_coef times a term for latents and stop. new, old: Terms under the weights now and
+    before the update."""
+    mask = length_mask(rollout.lengths, new.token.shape[1])
+    token, count, clipped = clipped_term(new.token - old.token, mask, advantages, ratio_clip)
+    stats = {"token_terms": count, "token_clipped": clipped}
+    loss = -token.sum() / total
+    if (choices := latent_log_ratio(new, old, rollout, latent_mean)) is not None:
+        latent, count, clipped = clipped_term(*choices, advantages, ratio_clip)
+        stats |= {"latent_terms": count, "latent_clipped": clipped}
+        loss = loss - latent_coef * latent.sum() / total
     return loss, stats
 
 
 # --- one step of the loop ---
 
 def rl_step(run, ddp, reference, optimizer, examples):
-    """Rollouts of a global batch (each process its questions), rewards, optimizer steps. Returns statistics.
-    No step where no group's rewards differ: AdamW would make a full one of the KL's rounding."""
+    """Rollouts of a global batch (each process its questions), rewards, optimizer steps. Returns statistics."""
     cfg, model, Q, G = run.cfg, run.model, len(examples), run.cfg.group
     own, d = slice(run.rank, None, run.world), model.policy.config.hidden_size
     noise = Noise.draw(Q * G, model.config, d, cfg.max_answer, generator(cfg.seed, RL_NOISE, run.step))
@@ -171,47 +197,37 @@ def rl_step(run, ddp, reference, optimizer, examples):
     with run.autocast():
         rollout = model.rollout([e.question for e in mine], G, noise, cfg.max_answer)
         rolled = time.time()
-        result = score(model, rollout, [e.example for e in mine], run.tokenizer, cfg.w_acc, cfg.w_fmt,
-                       cfg.w_coh)
+        result = compute_rewards(model, rollout, [e.example for e in mine], run.tokenizer,
+                                 cfg.w_acc, cfg.w_fmt, cfg.w_coh)
     scored = time.time()
-    advantage = advantages(result["reward"], G, cfg.std_norm)
-    result |= dict(latents=rollout.plan.steps * cfg.thoughts_per_step, advantage=advantage.abs())
+    advantages = group_advantages(result["rewards"], G, cfg.std_norm)
+    result["reward"] = result.pop("rewards")
+    result |= dict(latents=rollout.plan.steps * cfg.thoughts_per_step, advantage=advantages.abs())
     stats = run.mean({k: v.sum() * run.world / (Q * G) for k, v in result.items()})
     stats["coherence"] /= max(stats.pop("decoded"), 1 / (Q * G))  # of the plans that were decoded
     if stats["advantage"] > 0:
         model.train()
-        stats |= update(run, ddp, reference, optimizer, rollout, advantage)
+        stats |= update(run, ddp, reference, optimizer, rollout, advantages)
     return stats | dict(rollout_s=rolled - began, score_s=scored - rolled, update_s=time.time() - scored)
 
 
-def update(run, ddp, reference, optimizer, rollout, advantage):
-    """Optimizer steps over rollouts with advantages (B,), on the CPU. Returns statistics. Each step takes as
-    many rollouts of every question, each micro-batch those of some."""
-    cfg, G, log_probs = run.cfg, rollout.group, getattr(ddp, "module", ddp)
-    members = cfg.minibatch // cfg.questions_per_step  # of each group in a step
-    advantage, batches = advantage.view(-1, G), []  # a batch: its micro-batches
-    # equal rewards teach only the KL; DDP needs a question
-    active = [q for q, a in enumerate(advantage.tolist()) if reference or any(a)] or [0]
-    most = max(cfg.micro_batch or cfg.minibatch, members)
-    parts = np.array_split(active, -(-len(active) * members // most))
-    advantage = advantage.to(run.device)
-    for g in range(0, G, members):
-        cuts = [rollout.part(part, range(g, g + members)) for part in parts]
-        gains = [advantage[part, g:g + members].flatten() for part in parts]
-        with run.autocast():  # by the update's kernels, so not under no_grad: the rollout rounds otherwise
-            old = [log_probs(cut).detached() if g else None for cut in cuts]
-        batches.append(list(zip(cuts, gains, old)))
-    sums, norms = {}, []
-    for batch in batches:
-        for i, (cut, a, old) in enumerate(batch):
-            with run.no_sync(ddp, i + 1 < len(batch)):
+def update(run, ddp, reference, optimizer, rollout, advantages):
+    """Optimizer steps over rollouts with advantages (B,), on the CPU. Returns statistics."""
+    cfg, sums, norms = run.cfg, {}, []
+    minibatches = split(run, rollout, advantages, all_groups=reference is not None)
+    old = old_terms(run, getattr(ddp, "module", ddp), minibatches)
+    for minibatch, old_of in zip(minibatches, old):
+        for i, (part, part_advantages) in enumerate(minibatch):
+            with run.no_sync(ddp, i + 1 < len(minibatch)):
                 with run.autocast():
-                    new = ddp(cut)
-                    old = new.detached() if old is None else old
-                    loss, stats = objective(new, old, cut, a, cfg.minibatch, cfg.ratio_clip,
-                                            cfg.latent_coef, cfg.latent_mean)
+                    new = ddp(part)
+                    # in the first minibatch the weights are still the old ones: the ratio is exactly 1, and
+                    # its gradient that of log p
+                    before = old_of[i] if old_of else new.detached()
+                    loss, stats = objective(new, before, part, part_advantages, cfg.minibatch,
+                                            cfg.ratio_clip, cfg.latent_coef, cfg.latent_mean)
                     if reference:
-                        kl = divergence(new, reference(cut), cut).sum()
+                        kl = divergence(new, reference(part), part).sum()
                         loss, stats["kl"] = loss + cfg.kl_coef * kl / cfg.minibatch, kl.detach()
                 (loss * run.world).backward()  # DDP takes the mean; the losses are shares of a sum
             sums = {k: sums.get(k, 0) + v for k, v in stats.items()}
@@ -223,5 +239,28 @@ def update(run, ddp, reference, optimizer, rollout, advantage):
         if f"{side}_terms" in sums:
             found[f"{side}_clip_frac"] = sums[f"{side}_clipped"] / sums[f"{side}_terms"]
     if reference:
-        found["kl"] = sums["kl"] * run.world / (cfg.minibatch * len(batches))
+        found["kl"] = sums["kl"] * run.world / (cfg.minibatch * len(minibatches))
     return found
+
+
+def split(run, rollout, advantages, all_groups):
+    """Minibatches, each a list of micro-batches (Rollout, advantages on the device). A minibatch has as many
+    rollouts of every question, a micro-batch those of some questions. Groups of equal rewards teach only
+    the KL term: they are left out unless all_groups."""
+    cfg, G = run.cfg, rollout.group
+    advantages = advantages.view(-1, G)
+    members = cfg.minibatch // cfg.questions_per_step  # rollouts of a question in a minibatch
+    # DDP needs a question on each process
+    questions = [q for q, row in enumerate(advantages.tolist()) if all_groups or any(row)] or [0]
+    count = -(-len(questions) * members // max(cfg.micro_batch or cfg.minibatch, members))
+    parts, advantages = np.array_split(questions, count), advantages.to(run.device)
+    return [[(rollout.select(part, range(g, g + members)), advantages[part, g:g + members].flatten())
+             for part in parts] for g in range(0, G, members)]
+
+
+def old_terms(run, log_probs, minibatches):
+    """The Terms of each micro-batch before the first optimizer step; None for the first minibatch. They come
+    from the update's own pass with gradients on, since other kernels round otherwise."""
+    with run.autocast():
+        return [[log_probs(part).detached() for part, _ in minibatch] if i else None
+                for i, minibatch in enumerate(minibatches)]

@@ -38,7 +38,7 @@ from data import ASSETS, BUILTIN, DATASETS, TEST_SETS, Parser, Tokenizer, cli, e
 from model import LLaMA, LLaMAConfig, check_tensors, save_tensors, tensor_headers, write_json
 from rl import LogProbs, rl_step
 from vae import (END, METHODS, RL_ORDER, SFT_NOISE, START, STEP, WEIGHTS, LatentConfig, LatentReasoner,
-                 collate, device_of, find_checkpoint, generator, moved, read_state, remaining_text)
+                 collate, device_of, find_checkpoint, generator, read_state, remaining_text, to_device)
 
 
 # --- settings ---
@@ -333,7 +333,7 @@ def build(cfg, run):
     latent = LatentConfig(**parts, method=cfg.method, max_steps=cfg.max_steps, start_id=start, end_id=end,
                           thoughts_per_step=cfg.thoughts_per_step, eos_id=tokenizer.end_id(),
                           vocab_size=tokenizer.vocab_size)
-    same = model and all(getattr(model.config, part) == parts[part] for part in ("head", "stop", "decode"))
+    same = model and model.fits(latent)
     if run.name == "rl" and not (same and parts["vae"] <= model.config.vae):  # or sigma would be untrained
         raise ValueError(f"--stage rl: {init} has other parts (heads, decoder, VAE) than this run asks for")
     if run.name == "rl" and cfg.w_coh and not cfg.w_acc and not parts["decode"]:
@@ -543,7 +543,7 @@ def fit_micro_batch(run, stage):
         try:  # a second micro-batch, or any under DDP, finds gradients in memory
             for _ in range(1 if len(longest) == size and run.world == 1 else 2):
                 with run.autocast():
-                    losses = model(moved(batch, run.device))
+                    losses = model(to_device(batch, run.device))
                 sum(losses.values()).backward()
             break
         except torch.OutOfMemoryError:
@@ -580,7 +580,7 @@ def train_supervised(cfg, name, given):
             if optimizer is None or step == opening:  # AdamW is made anew in each stage
                 optimizer = ddp = None  # the last stage's averages and buckets make room
                 gc.collect()
-                model.set_trainable(stage)
+                model.set_trainable(latents=stage > 0)
                 fit_micro_batch(run, stage)
                 ckpt = run.resumed if step > opening else None
                 optimizer = make_optimizer(model, cfg, cfg.weight_decay, ckpt)
@@ -591,7 +591,7 @@ def train_supervised(cfg, name, given):
             for i, batch in enumerate(batches):
                 with run.no_sync(ddp, i + 1 < len(batches)):
                     with run.autocast():
-                        losses = ddp(moved(batch, run.device))
+                        losses = ddp(to_device(batch, run.device))
                     loss = sum(weights[k] * v for k, v in losses.items())
                     (loss * run.world).backward()  # DDP takes the mean; the losses are shares of a sum
                 parts = {k: parts.get(k, 0.0) + v.detach() * run.world for k, v in losses.items()}
@@ -615,7 +615,7 @@ def train_rl(cfg, given):
         cfg, model = run.cfg, run.model
         Q, G = cfg.questions_per_step, cfg.group
         total = min(cfg.rl_iters or max(1, len(run.train) // Q), cfg.max_iters or math.inf)
-        model.set_trainable("rl")
+        model.set_trainable(decoder=False)
         optimizer = make_optimizer(model, cfg, 0.0, run.resumed)
         ddp = run.wrap(LogProbs(model, cfg.latent_grad))
         reference = None

@@ -19,32 +19,28 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
 
-from model import (KVCache, LLaMA, check_tensors, first, one_line, product_dtype, read_json, save_tensors,
-                   tensor_headers, write_json)
+from model import (LLaMA, Padded, check_tensors, length_mask, one_line, product_dtype, read_json,
+                   save_tensors, tensor_headers, write_json)
 
-OFF = dict(latent=False, head=False, vae=False, stop=False, decode=False)
-METHODS = {  # paper, section 4: the baselines are parts switched off
-    "atp": dict(latent=True, head=True, vae=True, stop=True, decode=True),
-    "simcot": OFF | dict(latent=True, decode=True),
-    "coconut": OFF | dict(latent=True),
-    "cot": OFF,
-    "nocot": OFF}
 START, END = "<|start-latent|>", "<|end-latent|>"
 SFT_NOISE, RL_NOISE, RL_ORDER, WEIGHTS = range(4)  # streams of random numbers of a seed
 MAX_LOGITS = {"cpu": 2**25, "cuda": 2**28}  # logits that lie in memory at once
 STEP = "step-" + 7 * "[0-9]"  # names of checkpoints in a run's folder
-MAX_DECODED = {"cpu": 2**9, "cuda": 2**11}  # steps that are put into words at once
+MAX_DECODED = {"cpu": 2**9, "cuda": 2**11}  # reasoning steps that are put into words at once
 
 
 @dataclass
 class LatentConfig:
+    """What a reasoner is made of (its bool fields are its parts), and the ids it needs."""
+
     method: str
     latent: bool  # think in latents, else in text (cot) or not at all (nocot)
     head: bool    # a latent head makes z from h, else h itself is fed back
     vae: bool     # z is sampled and there is a KL term, else z = mu
-    stop: bool    # a stop head ends the plan, else all have max_steps steps
-    decode: bool  # a decoder must write each step from its latents
+    stop: bool    # a stop head ends the plan, else all have max_steps reasoning steps
+    decode: bool  # a decoder must write each reasoning step from its latents
     thoughts_per_step: int  # c
     max_steps: int          # K
     start_id: int    # <|start-latent|>
@@ -63,9 +59,15 @@ class LatentConfig:
             raise ValueError(f"--vae, --stop or --decode yes does not go with --method {self.method}")
 
     def latent_steps(self, example, stage):
-        """How many steps of an example are latent at a curriculum stage (paper, section 3)."""
+        """How many reasoning steps of an example are latent at a curriculum stage (paper, section 3)."""
         n = min(stage, self.max_steps) if self.latent else 0
         return min(n, len(example.steps)) if self.stop else n
+
+
+PARTS = tuple(name for name, kind in LatentConfig.__annotations__.items() if kind is bool)
+METHODS = {method: {part: part in own for part in PARTS} for method, own in {
+    "atp": PARTS, "simcot": ("latent", "decode"), "coconut": ("latent",),
+    "cot": (), "nocot": ()}.items()}  # paper, section 4: the baselines are parts switched off
 
 
 class LatentHead(nn.Module):
@@ -101,25 +103,6 @@ def masked_mean(x, mask):
     return (x * mask).flatten(1).sum(dim=1) / mask.flatten(1).sum(dim=1).clamp(min=1)
 
 
-class Padded(NamedTuple):
-    """Right-padded rows of token ids."""
-
-    ids: torch.Tensor     # (B, T)
-    valid: torch.Tensor   # (B, T) bool
-    places: torch.Tensor  # (M,) of the valid ones in the flat (B * T)
-
-    @classmethod
-    def of(cls, rows):
-        width = max([1, *map(len, rows)])
-        ids = torch.tensor([row + [-1] * (width - len(row)) for row in rows]).view(-1, width)
-        return cls.masked(ids.clamp(min=0), ids >= 0)
-
-    @classmethod
-    def masked(cls, ids, valid):
-        """On a GPU the CPU waits for the number of places."""
-        return cls(ids, valid, valid.flatten().nonzero()[:, 0])
-
-
 def generator(*ids):
     """Random numbers, on the CPU, that depend on these numbers alone."""
     seed = np.random.SeedSequence(ids).generate_state(1, np.uint64)[0]
@@ -134,10 +117,10 @@ def device_of(name):
     return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
 
 
-def moved(record, device):
+def to_device(record, device):
     """A NamedTuple with its tensors on `device`. A copy from pinned memory does not make the CPU wait."""
     if isinstance(record, tuple):
-        return record._make(moved(v, device) for v in record)
+        return record._make(to_device(v, device) for v in record)
     moves = device.type != "cpu" and torch.is_tensor(record)
     return record.pin_memory().to(device, non_blocking=True) if moves else record
 
@@ -145,35 +128,35 @@ def moved(record, device):
 # --- batches of the supervised stage ---
 
 class Batch(NamedTuple):
-    """A micro-batch. Losses are shares of the global batch's mean, so that they and their gradients add up.
-    Places are found on the CPU: a GPU is never asked for them."""
+    """A micro-batch. Its losses are shares of the global batch's mean: they and their gradients add up.
+    Indices are made on the CPU, since a GPU that is asked for them makes the CPU wait."""
 
-    prefix: Padded              # (B, S) question and <|start-latent|>; without latents: text
-    text: Padded                # (B, T) <|end-latent|>, or the question, then remaining steps and answer
-    answer_at: torch.Tensor     # (A,) ascending places in the flat (B * T) where a token is asked for
-    answer: torch.Tensor        # (A,) that token
-    answer_share: torch.Tensor  # (A,) 1 / tokens asked for in the global batch
-    share: float                # 1 / examples of the global batch
-    steps: torch.Tensor         # (B,) latent steps
-    max_steps: int              # their maximum, N
-    stops: torch.Tensor         # (B,) bool: the plan ends here, and the stop head must say so
-    decode: Padded              # (P, U) text of the latent steps, with <eos>
-    decode_z: torch.Tensor      # (P,) places of those steps in the flat (B * N)
-    decode_share: torch.Tensor  # of each valid place of `decode`: share / steps of the row
-    noise: torch.Tensor | None  # (B, n, c, d) of the latents, n at least N + 1 or K
+    prefix: Padded | None         # (B, S) question and <|start-latent|>; None without latents
+    text: Padded                  # (B, T) <|end-latent|> or, without latents, the question; then the text
+    answer_index: torch.Tensor    # (A,) ascending, in the flattened (B * T): here a token is asked for
+    answer: torch.Tensor          # (A,) that token
+    answer_weights: torch.Tensor  # (A,) 1 / tokens asked for in the global batch
+    example_weight: float         # 1 / examples of the global batch
+    steps: torch.Tensor           # (B,) latent reasoning steps
+    max_steps: int                # their maximum, N
+    stops: torch.Tensor           # (B,) bool: the stop head must say stop after the last one
+    decode: Padded                # (P, U) text of all latent reasoning steps, each with <eos>
+    decode_index: torch.Tensor    # (P,) which of the flattened (B * N) they are
+    decode_weights: torch.Tensor  # of each token of `decode`: example_weight / steps of the row
+    noise: torch.Tensor | None    # (B, n, c, d) of the latents, n at least N + 1 or K
 
 
 def remaining_text(example, config, stage):
-    """Ids after the latents: the answer, and before it what steps are still text. At the last stage the last
-    latent step stands for all the rest."""
+    """Ids after the latents: the reasoning steps that are still text, then the answer. At the last stage the
+    last latent step stands for all the rest."""
     done = config.method == "nocot" or (config.latent and stage >= config.max_steps)
     steps = [] if done else example.steps[config.latent_steps(example, stage):]
     return sum(steps, []) + example.answer
 
 
 def decoded_text(example, config, k):
-    """Ids that latent step k must decode to: of the last allowed step all the rest, of an idle one (beyond
-    the example's) the answer, as in SIM-CoT's code."""
+    """Ids that latent step k must decode to. The last allowed step decodes to all the rest. A step beyond the
+    example's (SIM-CoT always makes K) decodes to the answer, as in SIM-CoT's code."""
     steps = example.steps[k:] if k == config.max_steps - 1 else example.steps[k:k + 1]
     return sum(steps, []) + [config.eos_id] if steps else example.answer
 
@@ -182,23 +165,24 @@ def collate(examples, config, stage, noise=None, total_examples=None, total_toke
     """A Batch of data.Encoded at a curriculum stage (0: all text). total_*: of the global batch, by default
     this one."""
     steps = [config.latent_steps(e, stage) for e in examples]
-    rest = [remaining_text(e, config, stage) for e in examples]
-    N, answer, share = max(steps), sum(rest, []), 1 / (total_examples or len(examples))
-    rows = [([config.end_id] if N else e.question) + r[:-1] for e, r in zip(examples, rest)]
+    written = [remaining_text(e, config, stage) for e in examples]
+    N, answer, example_weight = max(steps), sum(written, []), 1 / (total_examples or len(examples))
+    # the last token is asked for, but nothing is asked for after it
+    rows = [([config.end_id] if N else e.question) + ids[:-1] for e, ids in zip(examples, written)]
     text = Padded.of(rows)
-    prefix = Padded.of([e.question + [config.start_id] for e in examples]) if N else text
-    # the last tokens of a row predict the text, the first of them what follows the latents or the question
-    answer_at = [b * text.ids.shape[1] + i for b, (row, r) in enumerate(zip(rows, rest))
-                 for i in range(len(row) - len(r), len(row))]
+    prefix = Padded.of([e.question + [config.start_id] for e in examples]) if N else None
+    # each of a row's last tokens predicts the next id of what is written
+    answer_index = [b * text.ids.shape[1] + i for b, (row, ids) in enumerate(zip(rows, written))
+                    for i in range(len(row) - len(ids), len(row))]
     # a stop is asked for after the last step, if the plan has room for another
     stops = [n == len(e.steps) and n < config.max_steps for n, e in zip(steps, examples)]
     decodes = [(b, k) for b, n in enumerate(steps) for k in range(n) if config.decode]
     words = [decoded_text(examples[b], config, k) for b, k in decodes]
-    decode_share = [share / steps[b] for (b, _), w in zip(decodes, words) for _ in w]
-    return Batch(prefix, text, torch.tensor(answer_at), torch.tensor(answer),
-                 torch.full((len(answer),), 1 / (total_tokens or len(answer))), share, torch.tensor(steps), N,
-                 torch.tensor(stops), Padded.of(words), torch.tensor([b * N + k for b, k in decodes]),
-                 torch.tensor(decode_share), noise)
+    decode_weights = [example_weight / steps[b] for (b, _), ids in zip(decodes, words) for _ in ids]
+    return Batch(prefix, text, torch.tensor(answer_index), torch.tensor(answer),
+                 torch.full((len(answer),), 1 / (total_tokens or len(answer))), example_weight,
+                 torch.tensor(steps), N, torch.tensor(stops), Padded.of(words),
+                 torch.tensor([b * N + k for b, k in decodes]), torch.tensor(decode_weights), noise)
 
 
 # --- rollouts ---
@@ -218,14 +202,15 @@ class Noise(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Latent plans of up to N steps, of which the first `steps` count."""
+    """Latent plans of up to N reasoning steps, of which the first `steps` count."""
 
     z: torch.Tensor              # (B, N, c, d) as fed to the policy
     mu: torch.Tensor             # (B, N, c, d)
     logvar: torch.Tensor | None  # (B, N, c, d), None where z is not sampled
     steps: torch.Tensor          # (B,)
     stopped: torch.Tensor        # (B,) bool: a rollout's row chose to stop, before the limit
-    stop_z: torch.Tensor         # (B, N + 1, d) the stop head sees: first latents, the next step's too
+    stop_z: torch.Tensor         # (B, N + 1, d) what the stop head looks at: first latents of all steps and
+                                 # of the next one; zeros where that was not drawn
 
 
 class Rollout(NamedTuple):
@@ -238,38 +223,31 @@ class Rollout(NamedTuple):
     tokens: torch.Tensor      # (B, A) answer tokens, with <eos> where it came
     lengths: torch.Tensor     # (B,) of `tokens`
 
-    def part(self, questions, members):
+    def select(self, questions, members):
         """The rollouts of some members of the groups of some questions (lists)."""
         questions, members = (torch.tensor(x, device=self.tokens.device) for x in (questions, members))
         rows = (questions[:, None] * self.group + members).flatten()
         cut = lambda values: [None if v is None else v[rows] for v in values]
-        prefix = Padded.masked(self.prefix.ids[questions], self.prefix.valid[questions])
+        prefix = Padded.masked(self.prefix.ids[questions], self.prefix.mask[questions])
         return Rollout(prefix, len(members), Plan(*cut(self.plan)), *cut(self[3:]))
 
 
 def text_loss(model, h, targets, weights):
     """sum_i w_i CE(logits of h_i, target_i) of h (M, d), targets and w (M,). Where all logits would be too
-    many, those of some rows are made and differentiated at a time."""
-    def part(h, table, targets, weights):
+    many for memory, backward makes those of some rows at a time again."""
+    vocab, table = model.config.vocab_size, model.output_weight()
+    bias = torch.zeros_like(table[:, 0])
+    bias[vocab:] = -math.inf  # rows that only pad the table are no tokens: probability 0
+
+    def loss_of(h, targets, weights):
         loss = F.cross_entropy(precise(F.linear(h, table, bias)), targets, reduction="none")
         return (loss * weights).sum()
 
-    vocab, table = model.config.vocab_size, model.output_weight()
     rows = max(1, MAX_LOGITS[h.device.type] // vocab)
-    bias = torch.zeros_like(table[:, 0])
-    bias[vocab:] = -math.inf  # rows that only pad the table are no tokens: probability 0
     if len(h) <= rows:
-        return part(h, table, targets, weights)
-    leaf, leaf_table = (x.detach().requires_grad_() for x in (h, table))
-    total = 0.0
-    for own in zip(leaf.split(rows), targets.split(rows), weights.split(rows)):
-        with torch.enable_grad():
-            loss = part(own[0], leaf_table, *own[1:])
-        loss.backward()
-        total += loss.detach()
-    # a term that is 0 hands these gradients on to h and the table
-    carried = sum(x.flatten().dot(x_leaf.grad.flatten()) for x, x_leaf in ((h, leaf), (table, leaf_table)))
-    return total + carried - carried.detach()
+        return loss_of(h, targets, weights)
+    parts = zip(h.split(rows), targets.split(rows), weights.split(rows))
+    return sum(checkpoint(loss_of, *part, use_reentrant=False) for part in parts)
 
 
 # --- the model ---
@@ -305,12 +283,12 @@ class LatentReasoner(nn.Module):
     def llamas(self):
         return [llama for llama in (self.policy, self.decoder) if llama is not None]
 
-    def set_trainable(self, stage):
-        """Only what gets a gradient requires one. stage: the curriculum's, or "rl"."""
-        self.requires_grad_(stage != 0)
+    def set_trainable(self, latents=True, decoder=True):
+        """Only what gets a gradient requires one. latents: not in the text stage. decoder: not in RL."""
+        self.requires_grad_(latents)
         self.policy.requires_grad_(True)
-        if self.decoder is not None and stage == "rl":
-            self.decoder.requires_grad_(False)
+        if self.decoder is not None:
+            self.decoder.requires_grad_(latents and decoder)
         if self.latent_head is not None and not self.config.vae:
             self.latent_head.logvar.requires_grad_(False)  # nothing is sampled
 
@@ -321,43 +299,51 @@ class LatentReasoner(nn.Module):
         mu, logvar = self.latent_head(h)
         return mu, logvar if self.config.vae else None
 
-    def read(self, prefix, cache, embeds=None):
-        """The last hidden state (B, d) of each question of a Padded, repeated for its group."""
-        last = prefix.valid.sum(dim=1).cumsum(dim=0) - 1  # indices into places
-        h = self.policy.hidden(prefix.ids, embeds, cache, prefix.valid, prefix.places, last)
-        return h.repeat_interleave(cache.group, dim=0)
+    def read(self, prefix, tail, group=1, embeds=None):
+        """The last hidden state (B, d) of each question of a Padded, repeated for its group, and the cache.
+        embeds: of prefix.ids, where they are known."""
+        last = prefix.mask.sum(dim=1).cumsum(dim=0) - 1  # indices into prefix.index
+        embeds = self.policy.embed_tokens(prefix.ids) if embeds is None else embeds
+        h, cache = self.policy.read(embeds, prefix, last, tail, group)
+        return h.repeat_interleave(group, dim=0), cache
 
     def think(self, h, cache, limit, steps=None, eps=None, uniform=None):
         """A chain of latents, one position at a time, from h (B, d) at <|start-latent|>: a Plan.
 
-        steps (B,): how many each row makes, at most `limit` (training). None: the stop head decides; without
-        one all make `limit`. eps (B, K, c, d): noise of the latents, None: z = mu. uniform (B, K): samples
-        the stops, None: stop where p(stop) > 1/2."""
-        config, c, drawn, stop_z = self.config, self.config.thoughts_per_step, [], []  # drawn: z, mu, logvar
-        decides = steps is None and config.stop
+        steps (B,): how many reasoning steps each row makes, at most `limit` (training). None: the stop head
+        decides; without one all make `limit`. eps (B, K, c, d): noise of the latents, None: z = mu.
+        uniform (B, K): samples the stops, None: stop where p(stop) > 1/2."""
+        config, c, latents, stop_z = self.config, self.config.thoughts_per_step, [], []
         alive = torch.ones_like(h[:, 0], dtype=torch.bool)
         taken = torch.zeros_like(alive, dtype=torch.long)
-        # the stop head also looks at the first latent after the last step
-        for i in range(limit * c + (config.stop and limit < config.max_steps)):
-            k, j = divmod(i, c)
+
+        def draw(h, k, j):
+            """Latent j of reasoning step k: z, mu, logvar (B, d)."""
             mu, logvar = self.latent(h)
-            z = mu if logvar is None or eps is None else mu + torch.exp(0.5 * logvar) * eps[:, k, j]
-            if j == 0:
-                stop_z.append(z)
-                if decides:
-                    p = self.stop_logits(z).softmax(dim=-1)[:, 1]
-                    alive = alive & ~(p > (0.5 if uniform is None else uniform[:, k]))
-                elif steps is not None:
-                    alive = k < steps
-                if k == limit or (decides and not alive.any()):
+            sampled = logvar is not None and eps is not None
+            return (mu + torch.exp(0.5 * logvar) * eps[:, k, j] if sampled else mu), mu, logvar
+
+        for k in range(limit):
+            latent = draw(h, k, 0)
+            stop_z.append(latent[0])
+            if steps is not None:
+                alive = k < steps
+            elif config.stop:
+                p_stop = self.stop_logits(latent[0]).softmax(dim=-1)[:, 1]
+                alive = alive & ~(p_stop > (0.5 if uniform is None else uniform[:, k]))
+                if not alive.any():
                     break
-                taken = taken + alive
-            drawn.append((z, mu, logvar))
-            h = self.policy.hidden(embeds=z[:, None], cache=cache, valid=alive[:, None])[:, 0]
-        else:  # at the limit nothing is decided
-            stop_z.append(torch.zeros_like(h))
+            taken = taken + alive
+            for j in range(c):
+                latent = draw(h, k, j) if j else latent
+                latents.append(latent)
+                h = self.policy.step(latent[0][:, None], cache, alive[:, None])[:, 0]
+        if len(stop_z) * c == len(latents):  # the stop head has looked at the steps made, and not beyond
+            # a given plan shorter than K was stopped at the next step's first latent, which is not fed back
+            more = steps is not None and config.stop and limit < config.max_steps
+            stop_z.append(draw(h, limit, 0)[0] if more else torch.zeros_like(h))
         none = h.new_zeros(len(h), 0, h.shape[1])  # a plan may have no step
-        stack = lambda i: torch.cat([none, *(x[i][:, None] for x in drawn)], dim=1).unflatten(1, (-1, c))
+        stack = lambda i: torch.cat([none, *(x[i][:, None] for x in latents)], dim=1).unflatten(1, (-1, c))
         return Plan(stack(0), stack(1), stack(2) if config.vae else None, taken, ~alive,
                     torch.stack(stop_z, dim=1))
 
@@ -367,38 +353,39 @@ class LatentReasoner(nn.Module):
     def forward(self, batch):
         """Loss parts of a Batch (paper, section 3.2), {answer, stop, kl, decode: share of the global batch's
         mean}. Gradients flow through the whole chain of latents."""
-        losses, policy, prefix, N = {}, self.policy, batch.prefix, batch.max_steps
+        losses, policy, N = {}, self.policy, batch.max_steps
         if N == 0:
-            asked = torch.searchsorted(prefix.places, batch.answer_at)  # indices into places
-            h = policy.hidden(prefix.ids, places=prefix.places, keep=asked)
+            asked = torch.searchsorted(batch.text.index, batch.answer_index)  # indices into text.index
+            h, _ = policy.read(policy.embed_tokens(batch.text.ids), batch.text, asked)
         else:
-            widths = prefix.ids.shape[1], batch.text.ids.shape[1]
-            cache = KVCache(N * self.config.thoughts_per_step + widths[1])
+            widths = batch.prefix.ids.shape[1], batch.text.ids.shape[1]
             # one look-up, since the gradient of each is as large as the table
-            embeds = policy.embed_tokens(torch.cat((prefix.ids, batch.text.ids), dim=1)).split(widths, dim=1)
-            plan = self.think(self.read(prefix, cache, embeds[0]), cache, N, batch.steps, batch.noise)
-            h = policy.hidden(embeds=embeds[1], cache=cache, valid=batch.text.valid)
-            h = h.flatten(0, 1).index_select(0, batch.answer_at)
+            embeds = policy.embed_tokens(torch.cat((batch.prefix.ids, batch.text.ids), dim=1))
+            prefix, text = embeds.split(widths, dim=1)
+            h, cache = self.read(batch.prefix, N * self.config.thoughts_per_step + widths[1], embeds=prefix)
+            plan = self.think(h, cache, N, batch.steps, batch.noise)
+            h = policy.step(text, cache, batch.text.mask).flatten(0, 1).index_select(0, batch.answer_index)
             if self.config.stop:
-                stop = ~first(batch.steps, N + 1)
+                stop = ~length_mask(batch.steps, N + 1)
                 logits = self.stop_logits(plan.stop_z).transpose(1, 2)  # (B, 2, N + 1)
                 ce = F.cross_entropy(logits, stop.long(), reduction="none")
-                losses["stop"] = masked_mean(ce, first(batch.steps + batch.stops, N + 1)).sum() * batch.share
+                asked = length_mask(batch.steps + batch.stops, N + 1)
+                losses["stop"] = masked_mean(ce, asked).sum() * batch.example_weight
             if plan.logvar is not None:
-                kl = gaussian_kl(plan.mu, plan.logvar).mean(dim=2)
-                losses["kl"] = masked_mean(kl, first(batch.steps, N)).sum() * batch.share
+                kl = gaussian_kl(plan.mu, plan.logvar).mean(dim=2)  # (B, N)
+                losses["kl"] = masked_mean(kl, length_mask(batch.steps, N)).sum() * batch.example_weight
             if self.decoder is not None:
                 losses["decode"] = self.decode_loss(plan.z, batch)
-        losses["answer"] = text_loss(policy, h, batch.answer, batch.answer_share)
+        losses["answer"] = text_loss(policy, h, batch.answer, batch.answer_weights)
         return losses
 
     def decode_loss(self, z, batch):
-        """The decoder's loss of each step's text, given its latents: all steps in one pass."""
-        latents = z.flatten(0, 1).index_select(0, batch.decode_z)  # (P, c, d)
+        """The decoder's loss of each reasoning step's text, given its latents: all in one pass."""
+        latents = z.flatten(0, 1).index_select(0, batch.decode_index)  # (P, c, d)
         inputs = torch.cat((latents, self.decoder.embed_tokens(batch.decode.ids[:, :-1])), dim=1)
-        h = self.decoder.hidden(embeds=inputs)[:, z.shape[2] - 1:].flatten(0, 1)  # from the last latent on
-        h, targets = (t.index_select(0, batch.decode.places) for t in (h, batch.decode.ids.flatten()))
-        return text_loss(self.decoder, h, targets, batch.decode_share)
+        h = self.decoder.read(inputs)[0][:, z.shape[2] - 1:].flatten(0, 1)  # from the last latent on
+        h, targets = (t.index_select(0, batch.decode.index) for t in (h, batch.decode.ids.flatten()))
+        return text_loss(self.decoder, h, targets, batch.decode_weights)
 
     @torch.no_grad()
     def rollout(self, questions, group=1, noise=None, max_tokens=16, temperature=1.0):
@@ -406,15 +393,16 @@ class LatentReasoner(nn.Module):
         rows, None: greedy (paper, section 4). temperature: of answer tokens, 0: greedy stops and tokens."""
         config = self.config
         steps, start = (config.max_steps, [config.start_id]) if config.latent else (0, [])
-        prefix, noise = (moved(x, self.device) for x in (Padded.of([q + start for q in questions]), noise))
+        prefix = Padded.of([question + start for question in questions])
+        prefix, noise = (to_device(x, self.device) for x in (prefix, noise))
         eps, stop, answer = noise or (None, None, None)
         if not temperature:
             stop = answer = None
-        cache = KVCache(steps * config.thoughts_per_step + config.latent + max_tokens, group)
-        h = self.read(prefix, cache)
+        h, cache = self.read(prefix, steps * config.thoughts_per_step + config.latent + max_tokens, group)
         plan = self.think(h, cache, steps, eps=eps, uniform=stop)
         if config.latent:
-            h = self.policy.hidden(torch.full_like(plan.steps[:, None], config.end_id), cache=cache)[:, 0]
+            end = torch.full_like(plan.steps[:, None], config.end_id)
+            h = self.policy.step(self.policy.embed_tokens(end), cache)[:, 0]
         text = self.generate(self.policy, h, cache, max_tokens, answer, temperature)
         return Rollout(prefix, group, plan, eps, *text)
 
@@ -437,7 +425,7 @@ class LatentReasoner(nn.Module):
             alive = alive & (token[:, None] != ends).all(dim=1)
             if i + 1 == max_tokens or not alive.any():
                 break
-            h = llama.hidden(token[:, None], cache=cache, valid=alive[:, None])[:, 0]
+            h = llama.step(llama.embed_tokens(token[:, None]), cache, alive[:, None])[:, 0]
         return torch.stack(tokens, dim=1), lengths
 
     # --- in words ---
@@ -451,9 +439,8 @@ class LatentReasoner(nn.Module):
         used = [b * z.shape[1] + k for b, n in enumerate(steps) for k in range(n)]
         z = z.flatten(0, 1)
         for i in range(0, len(used), size):
-            cache = KVCache(max_tokens)
-            h = self.decoder.hidden(embeds=z[used[i:i + size]], cache=cache)[:, -1]
-            texts, _ = self.texts(*self.generate(self.decoder, h, cache, max_tokens), tokenizer)
+            h, cache = self.decoder.read(z[used[i:i + size]], tail=max_tokens)
+            texts, _ = self.texts(*self.generate(self.decoder, h[:, -1], cache, max_tokens), tokenizer)
             words += [text.strip() for text in texts]
         words = iter(words)
         return [[next(words) for _ in range(n)] for n in steps]
@@ -468,6 +455,13 @@ class LatentReasoner(nn.Module):
 
     def heads(self):
         return {n: p for n, p in self.state_dict().items() if not n.startswith(("policy.", "decoder."))}
+
+    def fits(self, config):
+        """Whether a model of this LatentConfig has the same heads, and a decoder if and only if this has."""
+        with torch.device("meta"):
+            other = LatentReasoner(LLaMA(self.policy.config), config)
+        shapes = lambda model: {name: p.shape for name, p in model.heads().items()}
+        return shapes(self) == shapes(other) and len(self.llamas()) == len(other.llamas())
 
     def save_pretrained(self, path):
         path = Path(path)

@@ -9,10 +9,11 @@ if not GPU:
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+TESTS = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [os.path.dirname(TESTS), os.path.join(TESTS, "tools"), os.path.join(TESTS, "bench")]
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
-from builtin_task import line  # noqa: E402
+from make_task import line  # noqa: E402
 from data import load  # noqa: E402
 
 

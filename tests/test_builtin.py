@@ -5,8 +5,8 @@ import re
 from collections import Counter
 
 import pytest
-from builtin_task import LARGEST, SIZES, examples
-from builtin_task import tokenizer as make_tokenizer
+from make_task import LARGEST, SIZES, examples
+from make_task import tokenizer as make_tokenizer
 from data import ASSETS, BUILTIN, Tokenizer, encode_all, load
 
 SPLITS = [(name, split) for name, splits in BUILTIN.items() for split in splits]

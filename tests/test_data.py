@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import tiktoken
 import tokenizers
-from builtin_task import BYTE_TO_CHAR, BYTES, tokenizer_of
+from make_task import BYTE_TO_CHAR, BYTES, tokenizer_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers

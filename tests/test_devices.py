@@ -6,7 +6,7 @@ import math
 from contextlib import nullcontext
 from types import SimpleNamespace
 
-import naive
+import oracle
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -90,7 +90,7 @@ class Graph(TorchDispatchMode):
 
 @pytest.mark.parametrize("method", ("atp", "nocot"))
 def test_nothing_stays_on_the_cpu(method, meta):
-    net, rows = naive.tiny(method), naive.examples(2)
+    net, rows = oracle.tiny(method), oracle.examples(2)
     batch = collate(rows, net.config, 3, torch.randn(2, 3, 2, 16))
     cfg = train.Config(questions_per_step=2, group=2, minibatch=2, micro_batch=2, max_answer=2, w_acc=0.0)
     run = train.Run(cfg, "rl")
@@ -120,7 +120,7 @@ def test_positions_replayed_as_cuda_graphs_equal_eager_ones(method, temperature,
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: graph)
     monkeypatch.setattr(Graph, "made", [])
-    net, questions = naive.tiny(method, K=4, seed=3), [e.question for e in naive.examples(8)]
+    net, questions = oracle.tiny(method, K=4, seed=3), [e.question for e in oracle.examples(8)]
     noise = Noise.draw(24, net.config, 16, 8, torch.Generator().manual_seed(1))
     found = []
     for graphs in (False, True):

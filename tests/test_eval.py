@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import compare as comparison
 import eval
-import naive
+import oracle
 import pytest
 import torch
 from compare import compare, gather
@@ -23,7 +23,7 @@ TEXTS = {"72": [1, 2, 42], "24": [1, 3, 42], "24, without an end": [1, 3]}  # to
 def canned():
     """A model that answers question [1] greedily with 72, after a coherent plan of two steps, and [2, 3] with
     24, without an end and after a plan of one step that leads to 72. `samples` are its sampled answers."""
-    model = naive.tiny(c=2)
+    model = oracle.tiny(c=2)
     greedy = {1: ["72"], 2: ["24, without an end"]}
     samples = {1: ["72", "24", "24", "24"], 2: ["24", "24", "72", "24"]}
     plan = ["<<48/2=24>>", "<<48+24=72>>"]
@@ -61,7 +61,7 @@ def test_figures_of_evaluate(batch_size):
 
 def test_a_written_chain_may_fill_the_context():
     for method, most, wanted in (("cot", 160, 160), ("cot", 10**6, 2048), ("atp", 160, 16)):
-        model, asked = naive.tiny(method), []
+        model, asked = oracle.tiny(method), []
         rollout = model.rollout
 
         def short(questions, max_tokens, rollout=rollout, asked=asked):
@@ -69,7 +69,7 @@ def test_a_written_chain_may_fill_the_context():
             return rollout(questions, max_tokens=2)
 
         model.rollout = short
-        evaluate(model, Sums(), naive.examples(2), max_tokens=most)
+        evaluate(model, Sums(), oracle.examples(2), max_tokens=most)
         assert model.policy.config.max_position_embeddings == 2048 and asked == [wanted]
 
 
@@ -99,7 +99,7 @@ class Sums:
 @pytest.mark.parametrize("method", ("atp", "simcot", "nocot"))
 def test_samples_of_a_question_are_its_own(method):
     """They depend neither on the batch size nor on the other questions, but on seed and temperature."""
-    model, questions = naive.tiny(method), naive.examples(12)
+    model, questions = oracle.tiny(method), oracle.examples(12)
     sampled = lambda questions, *args, **more: [
         {k: v for k, v in r.items() if "@" in k}
         for r in evaluate(model, Sums(), questions, *args, samples=4, max_tokens=5, **more)[1]]

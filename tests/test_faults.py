@@ -1,5 +1,5 @@
 """Faults: kills and resume, cut files, skipped batches, and torchrun's processes when one of them fails or
-has less to do. The full count of kills is `python tests/faults.py`."""
+has less to do. The full count of kills is `python tests/tools/kill_resume.py`."""
 
 import random
 import shutil
@@ -11,7 +11,7 @@ import pytest
 import rl as rl_module
 import torch
 import train as module
-from faults import ROOT, differences, killed_run, metrics
+from kill_resume import ROOT, differences, killed_run, metrics
 from test_train import assert_same, command, weights
 from train import Run
 from train import main as train

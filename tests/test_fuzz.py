@@ -12,7 +12,7 @@ import resource
 import signal
 from collections import Counter
 
-import naive
+import oracle
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import data
-from builtin_task import tokenizer_of
+from make_task import tokenizer_of
 from data import Tokenizer
 from model import LLaMA, write_json
 from vae import LatentReasoner, read_state
@@ -109,7 +109,7 @@ def as_header(raw, how):
 # --- the formats: what makes a valid folder, and what reads it ---
 
 def llama(folder):
-    net = naive.tiny("nocot").policy
+    net = oracle.tiny("nocot").policy
     net.config.rope_scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
                                "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
     net.save_pretrained(folder)
@@ -128,7 +128,7 @@ def sharded(folder):
 
 
 def checkpoint(folder):
-    naive.tiny().save_pretrained(folder)
+    oracle.tiny().save_pretrained(folder)
     state = {"config": {"method": "atp", "seed": 0}, "step": 3, "logged": 0}
     write_json(folder / "train.json", state)
 

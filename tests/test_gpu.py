@@ -212,7 +212,7 @@ def test_torchrun_with_nccl_equals_no_torchrun(tmp_path):
     script.write_text(DDP_OF_ONE.format(root=str(ROOT)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1",
                str(script), *flags, "--out_dir", str(tmp_path / "many")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=80)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "backend nccl" in done.stdout
     train.main([*flags, "--out_dir", str(tmp_path / "one")])
@@ -220,18 +220,3 @@ def test_torchrun_with_nccl_equals_no_torchrun(tmp_path):
     assert one.keys() == many.keys()
     for step, line in one.items():
         assert many[step]["answer"] == pytest.approx(line["answer"], rel=1e-4)
-
-
-@needs_gpu
-def test_micro_batch_0_takes_what_fits(tmp_path, monkeypatch, capsys):
-    whole = LatentReasoner.forward
-
-    def forward(self, batch):
-        if len(batch.prefix.ids) > 5:
-            raise torch.OutOfMemoryError("a small GPU")
-        return whole(self, batch)
-
-    monkeypatch.setattr(LatentReasoner, "forward", forward)
-    train.main([*SMALL, "--micro_batch", "0", "--max_iters", "2", "--out_dir", str(tmp_path)])
-    assert "takes 4 rows at once" in capsys.readouterr().out  # 16 and 8 do not fit
-    assert max(metrics(tmp_path)) == 2

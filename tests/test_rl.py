@@ -4,7 +4,7 @@ import copy
 import math
 from dataclasses import replace
 
-import naive
+import oracle
 import pytest
 import torch
 import train
@@ -57,7 +57,7 @@ class Words:
 
 def fake(tokens, plans):
     """A model and its rollouts of one question, whose answers and decoded plans are given."""
-    model, n, width = naive.tiny(), len(tokens), max(map(len, tokens))
+    model, n, width = oracle.tiny(), len(tokens), max(map(len, tokens))
     model.plan_texts = lambda z, steps, words: [[words.decode(step) for step in plans[i]] for i in z.tolist()]
     plan = Plan(torch.arange(n), None, None, torch.zeros(n), None, None)
     rows = torch.tensor([t + [0] * (width - len(t)) for t in tokens])
@@ -65,7 +65,7 @@ def fake(tokens, plans):
 
 
 def test_score():
-    example, E = Example("q", (S, "<<48+24=72>>"), "72", "x:1"), naive.EOS
+    example, E = Example("q", (S, "<<48+24=72>>"), "72", "x:1"), oracle.EOS
     # right, wrong, right but malformed, right but never ended
     tokens = [[1, 2, E], [1, 3, E], [6, 1, 2, E], [1, 2]]
     model, rollout = fake(tokens, [[[4], [5]], [[4], [5]], [[4], [6]], []])
@@ -86,8 +86,8 @@ def test_score():
 
 def make(method="atp", group=3, K=3, seed=3, questions=4, dtype=None, **parts):
     """A tiny model and rollouts of its own."""
-    model = naive.tiny(method, K=K, seed=seed, dtype=dtype or torch.float32, **parts)
-    return model, model.rollout([e.question for e in naive.examples(questions)], group,
+    model = oracle.tiny(method, K=K, seed=seed, dtype=dtype or torch.float32, **parts)
+    return model, model.rollout([e.question for e in oracle.examples(questions)], group,
                                 draw(model, questions * group), 5)
 
 
@@ -103,7 +103,7 @@ def naive_terms(model, rollout, questions):
     noise = draw(model, B)
     for b in range(B):
         question = questions[b // rollout.group].question
-        plan, tokens, *logps = naive.rollout(model, question, noise, b, 5)
+        plan, tokens, *logps = oracle.rollout(model, question, noise, b, 5)
         assert len(plan) == rollout.plan.steps[b] and tokens == rollout.tokens[b, :rollout.lengths[b]].tolist()
         for out, logp in zip((latent[b], stop[b], token[b]), logps):
             if len(logp) and logp[0] != []:
@@ -120,7 +120,7 @@ def test_log_probabilities_are_those_of_a_naive_rollout(method, parts):
         assert len(set(rollout.plan.steps.tolist())) > 2
         # the latent at which the longest plan was stopped is in no plan
         assert (rollout.plan.stopped & (rollout.plan.steps == rollout.plan.z.shape[1])).any()
-    want = naive_terms(model, rollout, naive.examples(4))
+    want = naive_terms(model, rollout, oracle.examples(4))
     score_terms = LogProbs(model, latent_grad="score")(rollout)
     by_path = LogProbs(model, latent_grad="path")
     for terms, latent in ((score_terms, want[0]), (by_path(rollout), None)):
@@ -151,7 +151,7 @@ def test_rows_beyond_the_tokenizer_have_no_probability():
     want = LogProbs(model)(rollout).token
     model.policy.add_tokens(range(43, 60))
     model.policy.embed_tokens.weight.data[43:60] = 3 * model.policy.embed_tokens.weight.data[3]
-    again = model.rollout([e.question for e in naive.examples(4)], 3, draw(model, 12), 5)
+    again = model.rollout([e.question for e in oracle.examples(4)], 3, draw(model, 12), 5)
     assert torch.equal(again.tokens, rollout.tokens)
     torch.testing.assert_close(LogProbs(model)(rollout).token, want)
     model.config.vocab_size = 60  # with those rows in use both would be others
@@ -163,7 +163,7 @@ def test_path_gradient_equals_finite_differences(method, parts):
     """Naive rollouts of other weights with the same noise choose the same, with other probabilities: their
     differences are the gradient through the chain of latents."""
     model, rollout = make(method, group=2, questions=2, dtype=torch.double, **parts)
-    questions, B = naive.examples(2), 4
+    questions, B = oracle.examples(2), 4
     a, b = torch.randn(B, 1, dtype=torch.double), torch.randn(B, 9, dtype=torch.double)
 
     def weigh(stop, token):
@@ -198,7 +198,7 @@ def test_all_that_is_trained_gets_a_gradient(method, parts, grad):
     model, rollout = make(method, **parts)
     missing = lambda: [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     model.set_trainable(3)
-    sum(model(collate(naive.examples(4), model.config, 3, torch.randn(4, 3, 2, 16))).values()).backward()
+    sum(model(collate(oracle.examples(4), model.config, 3, torch.randn(4, 3, 2, 16))).values()).backward()
     assert not missing()
     model.zero_grad()
     model.set_trainable("rl")
@@ -211,7 +211,7 @@ def test_both_gradients_are_of_the_expected_reward():
     """Either way, reward x gradient of the summed log-probabilities has the same mean over many rollouts."""
     rows = 8000
     # with a stop head, the paper's terms leave out the density of the latent at which the row stopped
-    model = naive.tiny(c=1, K=1, d=8, seed=8, scale=0.5, stop=False)
+    model = oracle.tiny(c=1, K=1, d=8, seed=8, scale=0.5, stop=False)
     noise = Noise.draw(rows, model.config, 8, 1, torch.Generator().manual_seed(4))
     rollout = model.rollout([[1, 2, 3]], rows, noise, 1)
     reward = (rollout.tokens[:, 0] % 2).float()
@@ -350,7 +350,7 @@ def test_divergence_equals_its_definition(method, parts):
     model, rollout = make(method, **parts)
     model.requires_grad_(False)
     new = LogProbs(model)(rollout)
-    ref = LogProbs(naive.tiny(method, seed=4, **parts).requires_grad_(False))(rollout)
+    ref = LogProbs(oracle.tiny(method, seed=4, **parts).requires_grad_(False))(rollout)
     estimate = lambda p, q: math.exp(q - p) - (q - p) - 1
     for row, got in enumerate(divergence(new, ref, rollout).tolist()):
         n, m, want = int(rollout.plan.steps[row]), int(rollout.lengths[row]), 0.0
@@ -372,7 +372,7 @@ def test_divergence_equals_its_definition(method, parts):
 
 def test_divergence_is_the_kl_on_average():
     """Of the first answer token, over 20,000 samples."""
-    model, other = (naive.tiny("nocot").requires_grad_(False) for _ in range(2))
+    model, other = (oracle.tiny("nocot").requires_grad_(False) for _ in range(2))
     other.policy.embed_tokens.weight[:43] += 0.1 * torch.randn(43, 16)
     noise = Noise.draw(20000, model.config, 16, 1, torch.Generator().manual_seed(1))
     rollout = model.rollout([[1, 2, 3]], 20000, noise, 1)
@@ -438,7 +438,7 @@ def test_update_adds_the_divergence_of_all_groups(grad, parts, micro_batch):
     advantage = torch.randn(16)
     advantage[4:8] = 0
     log_probs, recorder = LogProbs(model, latent_grad=grad), Recorder(model)
-    reference = LogProbs(naive.tiny(seed=4, **parts), latent_grad=grad).requires_grad_(False)
+    reference = LogProbs(oracle.tiny(seed=4, **parts), latent_grad=grad).requires_grad_(False)
     run = rl_run(micro_batch=micro_batch, kl_coef=0.3, rl_clip=0.0)
     stats = update(run, log_probs, reference, recorder, rollout, advantage)
     new = log_probs(rollout)
@@ -491,8 +491,8 @@ def test_update_is_ppo_from_the_policy_before_the_first_step(grad):
 @pytest.mark.parametrize("grad", ("path", "score"))
 def test_update_under_autocast(grad):
     """The gradient of bfloat16 is that of float32 up to rounding. No ratio is off before a weight moves."""
-    model = naive.tiny(scale=0.15, K=4, seed=3)
-    rollout = model.rollout([e.question for e in naive.examples(4)], 4, draw(model, 16), 5)
+    model = oracle.tiny(scale=0.15, K=4, seed=3)
+    rollout = model.rollout([e.question for e in oracle.examples(4)], 4, draw(model, 16), 5)
     advantage, log_probs = torch.randn(16), LogProbs(model, latent_grad=grad)
     got = {}
     for dtype in ("float32", "bfloat16"):
@@ -519,7 +519,7 @@ def wide():
     model = LatentReasoner(policy, config)
     torch.nn.init.constant_(model.latent_head.logvar.bias, 2 * math.log(0.1))
     noise = Noise.draw(16, config, 512, 5, torch.Generator().manual_seed(2))
-    rollout = model.rollout([e.question for e in naive.examples(4)], 4, noise, 5)
+    rollout = model.rollout([e.question for e in oracle.examples(4)], 4, noise, 5)
     sigma = torch.exp(0.5 * rollout.plan.logvar)
     assert 0.08 < float(sigma[rollout.plan.steps > 0].mean()) < 0.12
     return model, rollout

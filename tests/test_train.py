@@ -16,7 +16,7 @@ import train as module
 from data import Tokenizer, cli, encode_all, load
 from eval import evaluate as figures_of
 from eval import main as evaluate
-from faults import ROOT, differences, finish, metrics, start
+from kill_resume import ROOT, differences, finish, metrics, start
 from safetensors.torch import load_file, save_file
 from train import (FIELDS, Config, Run, batch_indices, build, curriculum, make_optimizer, parse,
                    read_data, report, resolve)

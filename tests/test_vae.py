@@ -1,11 +1,11 @@
-"""The latent reasoner against naive oracles (tests/naive.py), torch.distributions and finite differences."""
+"""The latent reasoner against the oracle (tests/oracle.py), torch.distributions and finite differences."""
 
 import json
 import math
 from dataclasses import replace
 from types import SimpleNamespace
 
-import naive
+import oracle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ def compare(model, questions, group, noise, max_tokens=6, temperature=1.0):
     out = model.rollout(questions, group, noise, max_tokens, temperature)
     terms = LogProbs(model, "score")(out)
     for b in range(len(questions) * group):
-        plan, tokens, latent_logp, stop_logp, token_logp = naive.rollout(
+        plan, tokens, latent_logp, stop_logp, token_logp = oracle.rollout(
             model, questions[b // group], noise, b, max_tokens, temperature or 1e-6)
         n = len(plan)
         assert int(out.plan.steps[b]) == n
@@ -53,16 +53,16 @@ def compare(model, questions, group, noise, max_tokens=6, temperature=1.0):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("sampled", (False, True))
 def test_rollout_equals_naive(method, sampled):
-    questions = [e.question for e in naive.examples(5)]
+    questions = [e.question for e in oracle.examples(5)]
     for seed in range(3):
-        model = naive.tiny(method, seed=seed)
+        model = oracle.tiny(method, seed=seed)
         compare(model, questions, 3 if sampled else 1, draw(model, 15) if sampled else None)
 
 
 @pytest.mark.parametrize("temperature", (1.0, 0.7, 0.0))
 def test_rollout_rows_stop_at_different_steps(temperature):
-    model = naive.tiny(K=4, seed=3)
-    out = compare(model, [e.question for e in naive.examples(8)], 4, draw(model, 32), 6, temperature)
+    model = oracle.tiny(K=4, seed=3)
+    out = compare(model, [e.question for e in oracle.examples(8)], 4, draw(model, 32), 6, temperature)
     if temperature:  # 0: the stops are greedy too
         assert set(out.plan.steps.tolist()) >= {0, 1, 2, 4}, "the case is worth something only if rows differ"
 
@@ -70,11 +70,11 @@ def test_rollout_rows_stop_at_different_steps(temperature):
 @pytest.mark.parametrize("method", ("atp", "nocot"))
 def test_every_end_of_the_list_ends_an_answer_and_no_id_beyond_the_tokenizer_is_drawn(method):
     """Of 60 rows of the embedding the tokenizer knows 43. The others may be as likely as they want."""
-    model = naive.tiny(method, seed=3, rows=60, ends=[5, 17, 30])
-    questions = [e.question for e in naive.examples(8)]
+    model = oracle.tiny(method, seed=3, rows=60, ends=[5, 17, 30])
+    questions = [e.question for e in oracle.examples(8)]
     out = compare(model, questions, 8, draw(model, 64), max_tokens=12)
     closing = {row[n - 1] for row, n in zip(out.tokens.tolist(), out.lengths.tolist()) if n < 12}
-    assert closing == {5, 17, 30, naive.EOS}
+    assert closing == {5, 17, 30, oracle.EOS}
     with torch.no_grad():
         for llama in model.llamas():
             llama.embed_tokens.weight[43:] *= 10
@@ -94,20 +94,20 @@ def test_every_end_of_the_list_ends_an_answer_and_no_id_beyond_the_tokenizer_is_
 @pytest.mark.parametrize("latent_grad", ("score", "path"))
 def test_rollout_that_stops_at_once(latent_grad):
     """Not one latent is used: there is still a stop and an answer to learn from."""
-    model, questions = naive.tiny(dtype=torch.float64), [e.question for e in naive.examples(3)]
+    model, questions = oracle.tiny(dtype=torch.float64), [e.question for e in oracle.examples(3)]
     model.stop_head[2].bias[1] += 1000
     out = model.rollout(questions, 2, draw(model, 6), 5)
     assert not out.plan.steps.any() and out.plan.stopped.all()
     terms = LogProbs(model, latent_grad=latent_grad)(out)
     for b in range(6):
-        row = naive.rollout(model, questions[b // 2], draw(model, 6), b, 5)
+        row = oracle.rollout(model, questions[b // 2], draw(model, 6), b, 5)
         near(terms.token[b, :out.lengths[b]], torch.tensor(row[4], dtype=torch.float64))
         near(terms.stop[b, :1], torch.tensor(row[3], dtype=torch.float64))
 
 
 def test_rollout_does_not_depend_on_the_batch():
-    model = naive.tiny(seed=3)
-    questions, noise = [e.question for e in naive.examples(6)], draw(model, 24)
+    model = oracle.tiny(seed=3)
+    questions, noise = [e.question for e in oracle.examples(6)], draw(model, 24)
     whole = model.rollout(questions, 4, noise)
     part = model.rollout(questions[2:4], 4, Noise(*(t[8:16] for t in noise)))
     rows = slice(8, 16)
@@ -125,7 +125,7 @@ def test_rollout_does_not_depend_on_the_batch():
 
 def test_sampling_follows_the_distribution():
     """20,000 uniform draws give token frequencies equal to the softmax within five standard errors."""
-    model, n = naive.tiny("nocot", scale=0.15), 20_000
+    model, n = oracle.tiny("nocot", scale=0.15), 20_000
     out = model.rollout([[1, 2, 3]], n, draw(model, n, 1), max_tokens=1)
     p = model.policy(torch.tensor([[1, 2, 3]]))[0, -1].softmax(0).detach()
     freq = torch.bincount(out.tokens[:, 0], minlength=len(p)) / n
@@ -135,12 +135,12 @@ def test_sampling_follows_the_distribution():
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("stage", (0, 1, 2, 3))
 def test_losses_equal_naive(method, stage):
-    model, rows = naive.tiny(method, dtype=torch.float64), naive.examples(6)
+    model, rows = oracle.tiny(method, dtype=torch.float64), oracle.examples(6)
     noise = torch.randn(6, 3, 2, 16, dtype=torch.float64)
     got = model(collate(rows, model.config, stage, noise))
     want, tokens = {}, 0
     for e, eps in zip(rows, noise):
-        losses, n = naive.sft_losses(model, e, stage, eps)
+        losses, n = oracle.sft_losses(model, e, stage, eps)
         tokens += n
         for k, v in losses.items():
             want[k] = want.get(k, 0) + (v if k == "answer" else v / len(rows))
@@ -153,7 +153,7 @@ def test_losses_equal_naive(method, stage):
 @pytest.mark.parametrize("method, stage", [("atp", 2), ("atp", 0), ("simcot", 2)])
 def test_losses_under_autocast(method, stage):
     """Losses and gradients in bfloat16 are those of float32 up to rounding."""
-    model, rows = naive.tiny(method, scale=0.15), naive.examples(6)
+    model, rows = oracle.tiny(method, scale=0.15), oracle.examples(6)
     batch, got = collate(rows, model.config, stage, torch.randn(6, 3, 2, 16)), []
     for dtype in (torch.float32, torch.bfloat16):
         model.zero_grad()
@@ -172,18 +172,18 @@ def test_losses_under_autocast(method, stage):
 
 @pytest.mark.parametrize("parts", ({"vae": False}, {"stop": False}, {"decode": False}))
 def test_ablations_equal_naive(parts):
-    model, rows = naive.tiny(dtype=torch.float64, **parts), naive.examples(5)
+    model, rows = oracle.tiny(dtype=torch.float64, **parts), oracle.examples(5)
     noise = torch.randn(5, 3, 2, 16, dtype=torch.float64)
     got = model(collate(rows, model.config, 3, noise))
     for k in ("stop", "kl", "decode"):
-        want = [naive.sft_losses(model, e, 3, eps)[0].get(k) for e, eps in zip(rows, noise)]
+        want = [oracle.sft_losses(model, e, 3, eps)[0].get(k) for e, eps in zip(rows, noise)]
         assert (k in got) == (want[0] is not None)
         if k in got:
             near(got[k].double(), (sum(want) / 5).double(), atol=1e-8, rtol=1e-7)
 
 
 def test_micro_batches_add_up():
-    model, rows = naive.tiny(dtype=torch.float64), naive.examples(7)
+    model, rows = oracle.tiny(dtype=torch.float64), oracle.examples(7)
     noise = torch.randn(7, 3, 2, 16, dtype=torch.float64)
     whole = model(collate(rows, model.config, 2, noise))
     tokens, cuts = len(collate(rows, model.config, 2).answer), ((0, 2), (2, 3), (3, 7))
@@ -195,7 +195,7 @@ def test_micro_batches_add_up():
 @pytest.mark.parametrize("tied", (True, False))
 def test_text_loss_in_parts_equals_cross_entropy(tied, monkeypatch):
     """Value and gradients are those of F.cross_entropy on all logits, of which few lie in memory at once."""
-    net = naive.tiny("nocot", dtype=torch.float64).policy
+    net = oracle.tiny("nocot", dtype=torch.float64).policy
     if not tied:
         net.lm_head = torch.nn.Linear(16, 64, bias=False, dtype=torch.float64)
     table = (net.embed_tokens if tied else net.lm_head).weight
@@ -216,7 +216,7 @@ def test_text_loss_in_parts_equals_cross_entropy(tied, monkeypatch):
 
 def test_text_loss_in_parts_under_autocast(monkeypatch):
     """In bfloat16 the parts have the gradients that all rows at once have, added up in fp32."""
-    net = naive.tiny("nocot").policy
+    net = oracle.tiny("nocot").policy
     h, targets, weights = torch.randn(12, 16, requires_grad=True), torch.randint(43, (12,)), torch.rand(12)
     found = []
     for limit in (10**6, 43):
@@ -231,7 +231,7 @@ def test_text_loss_in_parts_under_autocast(monkeypatch):
 @pytest.mark.parametrize("method", ("atp", "simcot"))
 def test_gradient_through_the_chain_of_latents(method):
     """Finite differences of the whole loss, over every parameter, in fp64."""
-    model, rows = naive.tiny(method, d=8, dtype=torch.float64), naive.examples(2, steps=(2, 3))
+    model, rows = oracle.tiny(method, d=8, dtype=torch.float64), oracle.examples(2, steps=(2, 3))
     noise = torch.randn(2, 3, 2, 8, dtype=torch.float64)
     batch = collate(rows, model.config, 3, noise)
     loss = lambda: sum(model(batch).values())
@@ -261,7 +261,7 @@ def test_gaussians_equal_torch_distributions():
 @torch.no_grad()
 def test_plan_texts_equals_one_at_a_time(monkeypatch):
     monkeypatch.setitem(vae.MAX_DECODED, "cpu", 4)  # of 6 steps
-    model = naive.tiny()
+    model = oracle.tiny()
     z, steps = torch.randn(4, 3, 2, 16), torch.tensor([3, 0, 1, 2])
     model.decoder.config.max_position_embeddings = 5 * 16  # 5 tokens a step
     got = model.plan_texts(z, steps, words)
@@ -270,32 +270,32 @@ def test_plan_texts_equals_one_at_a_time(monkeypatch):
         for k, text in enumerate(row):
             inputs, want = list(z[b, k]), []
             for _ in range(5):
-                token = int(model.decoder.logits(naive.read(model.decoder, inputs)).argmax())
-                if token == naive.EOS:
+                token = int(model.decoder.logits(oracle.read(model.decoder, inputs)).argmax())
+                if token == oracle.EOS:
                     break
                 want.append(token)
-                inputs += naive.embed(model.decoder, [token])
+                inputs += oracle.embed(model.decoder, [token])
             assert text == words.decode(want)
 
 
 def test_generation_ends_at_eos():
-    model = naive.tiny("nocot")
+    model = oracle.tiny("nocot")
     with torch.no_grad():
-        model.policy.embed_tokens.weight[naive.EOS] = 3 * model.policy.hidden(torch.tensor([[1, 2]]))[0, -1]
+        model.policy.embed_tokens.weight[oracle.EOS] = 3 * model.policy.hidden(torch.tensor([[1, 2]]))[0, -1]
     out = model.rollout([[1, 2]], max_tokens=16)
-    assert out.tokens.tolist() == [[naive.EOS]] and out.lengths.tolist() == [1]
+    assert out.tokens.tolist() == [[oracle.EOS]] and out.lengths.tolist() == [1]
 
 
 def test_decoder_reaches_policy_and_heads():
     """L_decode alone moves policy, latent head and decoder, not the stop head."""
-    model = naive.tiny()
-    model(collate(naive.examples(3), model.config, 3, torch.randn(3, 3, 2, 16)))["decode"].backward()
+    model = oracle.tiny()
+    model(collate(oracle.examples(3), model.config, 3, torch.randn(3, 3, 2, 16)))["decode"].backward()
     reached = {n.split(".")[0] for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert reached == {"policy", "latent_head", "decoder"}
 
 
 def test_checkpoint_round_trip(tmp_path):
-    model = naive.tiny()
+    model = oracle.tiny()
     model.decoder.load_state_dict({k: v + 1 for k, v in model.decoder.state_dict().items()})
     model.decoder.add_tokens()  # the padding of its table is zero again
     model.save_pretrained(tmp_path)
@@ -311,7 +311,7 @@ def test_checkpoint_round_trip(tmp_path):
     {"start_id": 10**9}, {"end_id": -1}, {"start_id": 42, "vocab_size": 42}, {"vocab_size": 44},
     {"vocab_size": 0}, {"unknown": 1}, "a list", "missing"), ids=str)
 def test_hostile_latent_json(tmp_path, change):
-    naive.tiny().save_pretrained(tmp_path)
+    oracle.tiny().save_pretrained(tmp_path)
     file = tmp_path / "latent.json"
     raw = json.loads(file.read_text())
     if change == "missing":
@@ -327,7 +327,7 @@ def test_hostile_latent_json(tmp_path, change):
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float64))
 def test_loaded_in_another_dtype(tmp_path, dtype):
-    naive.tiny().save_pretrained(tmp_path)
+    oracle.tiny().save_pretrained(tmp_path)
     model = LatentReasoner.from_pretrained(tmp_path, dtype=dtype)
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert model.rollout([[1, 2, 3]]).lengths[0] > 0
@@ -335,9 +335,9 @@ def test_loaded_in_another_dtype(tmp_path, dtype):
 
 def test_batch_without_a_single_step():
     """Without a stop head an example needs no steps: each of its latent steps decodes the answer."""
-    model = naive.tiny("simcot", dtype=torch.float64)
-    rows = [replace(e, steps=[]) for e in naive.examples(2)]
-    losses, want = model(collate(rows, model.config, 3)), [naive.sft_losses(model, e, 3)[0] for e in rows]
+    model = oracle.tiny("simcot", dtype=torch.float64)
+    rows = [replace(e, steps=[]) for e in oracle.examples(2)]
+    losses, want = model(collate(rows, model.config, 3)), [oracle.sft_losses(model, e, 3)[0] for e in rows]
     near(losses["decode"], (want[0]["decode"] + want[1]["decode"]) / 2)
 
 
@@ -349,7 +349,7 @@ def test_new_tokens_take_free_rows_of_a_padded_vocabulary(tmp_path):
     for spare, rows in ((0, words + 2), (1, words + 2), (2, words + 2), (5, words + 5)):
         folder = tmp_path / str(spare)
         tokenizer.save_pretrained(folder)
-        net = naive.tiny("nocot", rows=words + spare).policy
+        net = oracle.tiny("nocot", rows=words + spare).policy
         net.save_pretrained(folder)
         args = train.parse(["--stage", "vae", "--init", str(folder), "--out_dir", str(tmp_path)])
         run = SimpleNamespace(device=torch.device("cpu"), name="vae", say=print)

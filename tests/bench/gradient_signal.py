@@ -1,4 +1,4 @@
-"""What `python tests/bench.py --signal` and `--diversity` print: studies of trained checkpoints."""
+"""What `python tests/bench/bench.py --signal` and `--diversity` print: studies of trained checkpoints."""
 
 from statistics import mean
 

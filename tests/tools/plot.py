@@ -1,7 +1,7 @@
 """Draw accuracy against tokens, a point a run, and the curves of RL runs; a colour a row.
 
-    python tests/compare.py few_?/vae few_?/rl --json runs.json
-    python tests/plot.py runs.json picture.png          needs matplotlib
+    python tests/tools/compare.py few_?/vae few_?/rl --json runs.json
+    python tests/tools/plot.py runs.json picture.png          needs matplotlib
 """
 
 import json

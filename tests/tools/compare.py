@@ -1,6 +1,6 @@
 """Compare runs over seeds: a row for each folder name, differences to --baseline paired by seed.
 
-    python tests/compare.py out_0 out_1 out_2 --baseline out_0/vae
+    python tests/tools/compare.py out_0 out_1 out_2 --baseline out_0/vae
 
 Folders first, then eval.py's flags (but for --ckpt). Of each run in a folder the newest checkpoint is taken.
 """
@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data import cli  # noqa: E402
 from eval import measure, over_sets, parser, read_sets, table  # noqa: E402
 from model import write_json  # noqa: E402

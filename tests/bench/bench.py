@@ -1,12 +1,12 @@
 """Speed and memory: supervised training, reinforcement learning, evaluation, loading.
 
-    python tests/bench.py                                   all CPU workloads (about 15 minutes on 2 cores)
-    python tests/bench.py --workloads E T --json bench.json
-    python tests/bench.py --workloads 1B-train              Llama-3.2-1B's shape on a GPU (about 10 minutes)
-    python tests/bench.py --counts                          what a CPU can count (2 minutes)
-    python tests/bench.py --ratios                          how far a step moves the density of latents
-    python tests/bench.py --signal out/vae                  how much of RL's gradients is signal (2 minutes)
-    python tests/bench.py --diversity out/vae out/rl        how unlike samples are (2 minutes each)
+    python tests/bench/bench.py                             all CPU workloads (about 15 minutes on 2 cores)
+    python tests/bench/bench.py --workloads E T --json bench.json
+    python tests/bench/bench.py --workloads 1B-train        Llama-3.2-1B's shape on a GPU (about 10 minutes)
+    python tests/bench/bench.py --counts                    what a CPU can count (2 minutes)
+    python tests/bench/bench.py --ratios                    how far a step moves the density of latents
+    python tests/bench/bench.py --signal out/vae            how much of RL's gradients is signal (2 minutes)
+    python tests/bench/bench.py --diversity out/vae out/rl  how unlike samples are (2 minutes each)
 
 S   SmolLM2-135M's shape, batch 8, up to 4 steps of 2 latents (its weights and tokenizer from --smollm2 DIR)
 T   a small LLaMA with a big vocabulary (256 wide, 4 layers, 49152 tokens), batch 32, up to 8 steps of 2
@@ -43,8 +43,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
 
 from data import ASSETS, Encoded, Example, Tokenizer, encode_all, load  # noqa: E402
 from eval import evaluate  # noqa: E402
@@ -65,7 +65,7 @@ WORKLOADS = {  # shape, then K, c, batch, questions x group of an RL step, rows 
 TINY = dict(shape=(64, 128, 2, 4, 2), vocab=500, K=3, batch=8, questions=2, micro=8)  # to try it on a CPU
 # The released SIM-CoT code itself (its class, transformers 4.46, the same weights, data, batch, AdamW, fp32),
 # measured apart, on 2 cores with a peak of 100 GFLOP/s: examples/s, GB at most, answers/s.
-# tests/published.py does that work here.
+# tests/bench/simcot_released.py does that work here.
 PUBLISHED = {"S": dict(examples_s=0.31, memory_gb=8.7, answers_s=0.29),
              "T": dict(examples_s=0.69, memory_gb=6.8, answers_s=0.77)}
 
@@ -79,20 +79,17 @@ def synchronize(device):
 
 def timed(f, device):
     synchronize(device)
-    start = time.time()
+    start = time.perf_counter()  # unlike time.time() it never goes back, and tells microseconds apart
     f()
     synchronize(device)
-    return time.time() - start
+    return time.perf_counter() - start
 
 
 def matmul_peak(device, seconds=0.5):
-    """GFLOP/s of fp32 matrix products, the best of several."""
+    """GFLOP/s of fp32 matrix products, the best of those that fit in `seconds`, and of one at least."""
     a = torch.randn(2048, 2048, device=device)
-    best, end = 0.0, time.time() + seconds
-    a @ a
-    while time.time() < end:
-        best = max(best, 2 * 2048**3 / timed(lambda: a @ a, device) / 1e9)
-    return best
+    product = lambda step: timed(lambda: a @ a, device)
+    return 2 * 2048**3 / min(rounds(product, seconds, least=1)[1:]) / 1e9
 
 
 def markdown(head, rows):
@@ -225,10 +222,10 @@ def forward_flops(config, tokens, logits):
 
 def rounds(work, seconds, least=3):
     """What work(1), work(2), ... returned, for so many seconds after the first, which also pays for
-    allocations and compilation."""
+    allocations and compilation. However short the time, there are `least` results after the first."""
     results = [work(1)]
-    end = time.time() + seconds
-    while time.time() < end or len(results) <= least:
+    end = time.perf_counter() + seconds
+    while len(results) <= least or time.perf_counter() < end:
         results.append(work(len(results) + 1))
     return results
 
@@ -352,7 +349,7 @@ def evaluation(name, args):
 
 def as_published(name, args, seconds=20.0):
     """Examples/s, answers/s and memory of the released code's way."""
-    from published import Published
+    from simcot_released import Published
     b = Bench(name, args)
     theirs, questions = Published(b), b.batch(0, 8)
     theirs.answer(questions[0])
@@ -506,8 +503,15 @@ def report(results):
                         "model GB", "peak memory / model", "forward, 128 tokens, s"], rows))
 
 
-def arguments():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def positive(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be 1 or more")
+    return int(text)
+
+
+def arguments(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--workloads", nargs="+", default=["S", "T", "E", "1B"],
                    choices=["S", "T", "E", "1B", "1B-train"])
     p.add_argument("--smollm2", default=os.environ.get("SMOLLM2_DIR", ""),
@@ -527,11 +531,12 @@ def arguments():
     p.add_argument("--worker", help=argparse.SUPPRESS)
     group = p.add_argument_group("1B-train")
     group.add_argument("--only", default="sft,rl,eval", help="which parts")
-    group.add_argument("--micro", type=int, nargs="+", default=[256, 128, 64], help="micro-batches of SFT")
+    group.add_argument("--micro", type=positive, nargs="+", default=[256, 128, 64],
+                       help="micro-batches of SFT")
     group.add_argument("--seconds", type=float, default=15.0, help="of each measurement")
     group.add_argument("--profile", action="store_true", help="print the longest kernels")
     group.add_argument("--tiny", action="store_true", help="a tiny shape, to try it on a CPU")
-    return p.parse_args()
+    return p.parse_args(argv)
 
 
 def main():
@@ -546,19 +551,19 @@ def main():
         import counts
         counts.report(args)
     elif args.ratios:
-        import ratios
-        ratios.report()
+        import latent_ratios
+        latent_ratios.report()
     elif args.signal:
-        import studies
-        print(markdown(["latent_grad", "term", "norm", "cosine"], studies.signal(args.signal)))
+        import gradient_signal
+        print(markdown(["latent_grad", "term", "norm", "cosine"], gradient_signal.signal(args.signal)))
     elif args.diversity:
-        import studies
+        import gradient_signal
         print(markdown(["", "sampled", "distinct plans of 32", "distinct answers of 32", "pass@1 %",
-                        "pass@32 %"], studies.diversity(args.diversity)))
+                        "pass@32 %"], gradient_signal.diversity(args.diversity)))
     else:
         if "1B-train" in args.workloads:  # in this process
-            import bench_1b
-            bench_1b.train_1b(args)
+            import gpu
+            gpu.train_1b(args)
             args.workloads.remove("1B-train")
         results = results_of(args)
         report(results)

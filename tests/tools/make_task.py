@@ -1,4 +1,4 @@
-"""Make the files of the built-in task, assets/builtin: python tests/builtin_task.py
+"""Make the files of the built-in task, assets/builtin: python tests/tools/make_task.py
 
 A question is a random expression tree in words; its nodes are the steps, in any order that puts children
 first. The label shows a random one. A hash of the tree, without names and wording, decides the split. Only
@@ -12,7 +12,7 @@ import sys
 import zlib
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data import ASSETS, CHAR_TO_BYTE, Tokenizer  # noqa: E402
 
 SIZES = {"builtin": dict(train=40_000, valid=1_000), "in_dist": dict(test=1_000), "hard": dict(test=1_000),

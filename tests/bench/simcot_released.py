@@ -1,4 +1,4 @@
-"""The work of tests/bench.py as the released SIM-CoT code does it."""
+"""The work of tests/bench/bench.py as the released SIM-CoT code does it."""
 
 import tempfile
 

@@ -1,4 +1,4 @@
-"""What `python tests/bench.py --counts` prints: what can be counted on a CPU of the work that a GPU will do.
+"""What `python tests/bench/bench.py --counts` prints: what a CPU can count of the work that a GPU will do.
 
 1. operators dispatched for one latent and one layer, views left out, and kernels of the compiled block
 2. graphs that a whole run compiles (vae, rl, closing table), a backend in the place of inductor
@@ -27,7 +27,7 @@ import bench
 import model as model_module
 import train
 import vae as vae_module
-from builtin_task import line
+from make_task import line
 from data import load
 from model import KVCache, LLaMA, LLaMAConfig
 from train import micro_batches, sft_noise

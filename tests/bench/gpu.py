@@ -1,4 +1,4 @@
-"""What `python tests/bench.py --workloads 1B-train` prints: supervised training, RL and evaluation in
+"""What `python tests/bench/bench.py --workloads 1B-train` prints: supervised training, RL and evaluation in
 Llama-3.2-1B's shape, with the settings for pretrained models. Rows are printed as they are measured."""
 
 import gc
