@@ -55,11 +55,11 @@ def compute_rewards(model, rollout, examples, tokenizer, w_acc, w_fmt, w_coh):
 
 
 def group_advantages(rewards, group, std_norm):
-    """r - mean, with std_norm divided by (std + 1e-4), in each group of rows. (B,) -> (B,)."""
+    """r - mean in each group of rows, with std_norm divided by the deviation (N - 1). (B,) -> (B,)."""
     r = rewards.view(-1, group)
     a = r - r.mean(1, keepdim=True)
     if std_norm:
-        a = a / (r.std(1, correction=0, keepdim=True) + 1e-4)
+        a = a / (r.std(1, keepdim=True) + 1e-8)
     equal = (r == r[:, :1]).all(1, keepdim=True)  # their mean may be off by rounding
     return a.masked_fill(equal, 0.0).flatten()
 

@@ -58,9 +58,13 @@ class LatentConfig:
         if self.vae > self.head or max(self.head, self.stop, self.decode) > self.latent:
             raise ValueError(f"--vae, --stop or --decode yes does not go with --method {self.method}")
 
+    def stage_steps(self, stage):
+        """Most latent reasoning steps of a plan at a curriculum stage (paper, section 3): 0 to K + 1."""
+        return min(stage, self.max_steps) if self.latent else 0
+
     def latent_steps(self, example, stage):
-        """How many reasoning steps of an example are latent at a curriculum stage (paper, section 3)."""
-        n = min(stage, self.max_steps) if self.latent else 0
+        """How many reasoning steps of an example are latent. Without a stop head all plans are as long."""
+        n = self.stage_steps(stage)
         return min(n, len(example.steps)) if self.stop else n
 
 
@@ -139,25 +143,27 @@ class Batch(NamedTuple):
     example_weight: float         # 1 / examples of the global batch
     steps: torch.Tensor           # (B,) latent reasoning steps
     max_steps: int                # their maximum, N
+    stage_steps: int              # most that the curriculum's stage allows: the losses of plans divide by it
     stops: torch.Tensor           # (B,) bool: the stop head must say stop after the last one
     decode: Padded                # (P, U) text of all latent reasoning steps, each with <eos>
     decode_index: torch.Tensor    # (P,) which of the flattened (B * N) they are
-    decode_weights: torch.Tensor  # of each token of `decode`: example_weight / steps of the row
+    decode_weights: torch.Tensor  # of each token of `decode`: example_weight / stage_steps
     noise: torch.Tensor | None    # (B, n, c, d) of the latents, n at least N + 1 or K
 
 
 def remaining_text(example, config, stage):
-    """Ids after the latents: the reasoning steps that are still text, then the answer. At the last stage the
-    last latent step stands for all the rest."""
-    done = config.method == "nocot" or (config.latent and stage >= config.max_steps)
+    """Ids after the latents: the reasoning steps that are still text, then the answer. At the last stage,
+    K + 1, the last latent step stands for all the rest."""
+    done = config.method == "nocot" or (config.latent and stage > config.max_steps)
     steps = [] if done else example.steps[config.latent_steps(example, stage):]
     return sum(steps, []) + example.answer
 
 
-def decoded_text(example, config, k):
-    """Ids that latent step k must decode to. The last allowed step decodes to all the rest. A step beyond the
+def decoded_text(example, config, k, stage):
+    """Ids that latent step k must decode to: at stage K + 1 the last one to all the rest. A step beyond the
     example's (SIM-CoT always makes K) decodes to the answer, as in SIM-CoT's code."""
-    steps = example.steps[k:] if k == config.max_steps - 1 else example.steps[k:k + 1]
+    last = stage > config.max_steps and k == config.max_steps - 1
+    steps = example.steps[k:] if last else example.steps[k:k + 1]
     return sum(steps, []) + [config.eos_id] if steps else example.answer
 
 
@@ -166,23 +172,24 @@ def collate(examples, config, stage, noise=None, total_examples=None, total_toke
     this one."""
     steps = [config.latent_steps(e, stage) for e in examples]
     written = [remaining_text(e, config, stage) for e in examples]
-    N, answer, example_weight = max(steps), sum(written, []), 1 / (total_examples or len(examples))
+    N, stage_steps, answer = max(steps), config.stage_steps(stage), sum(written, [])
+    example_weight = 1 / (total_examples or len(examples))
     # the last token is asked for, but nothing is asked for after it
-    rows = [([config.end_id] if N else e.question) + ids[:-1] for e, ids in zip(examples, written)]
+    rows = [([config.end_id] if stage_steps else e.question) + ids[:-1] for e, ids in zip(examples, written)]
     text = Padded.of(rows)
-    prefix = Padded.of([e.question + [config.start_id] for e in examples]) if N else None
+    prefix = Padded.of([e.question + [config.start_id] for e in examples]) if stage_steps else None
     # each of a row's last tokens predicts the next id of what is written
     answer_index = [b * text.ids.shape[1] + i for b, (row, ids) in enumerate(zip(rows, written))
                     for i in range(len(row) - len(ids), len(row))]
-    # a stop is asked for after the last step, if the plan has room for another
-    stops = [n == len(e.steps) and n < config.max_steps for n, e in zip(steps, examples)]
+    # a stop is asked for after the last step, if the stage has room for another
+    stops = [n == len(e.steps) and n < stage_steps for n, e in zip(steps, examples)]
     decodes = [(b, k) for b, n in enumerate(steps) for k in range(n) if config.decode]
-    words = [decoded_text(examples[b], config, k) for b, k in decodes]
-    decode_weights = [example_weight / steps[b] for (b, _), ids in zip(decodes, words) for _ in ids]
+    words = Padded.of([decoded_text(examples[b], config, k, stage) for b, k in decodes])
+    decode_weights = torch.full(words.index.shape, example_weight / max(1, stage_steps))
     return Batch(prefix, text, torch.tensor(answer_index), torch.tensor(answer),
                  torch.full((len(answer),), 1 / (total_tokens or len(answer))), example_weight,
-                 torch.tensor(steps), N, torch.tensor(stops), Padded.of(words),
-                 torch.tensor([b * N + k for b, k in decodes]), torch.tensor(decode_weights), noise)
+                 torch.tensor(steps), N, stage_steps, torch.tensor(stops), words,
+                 torch.tensor([b * N + k for b, k in decodes]), decode_weights, noise)
 
 
 # --- rollouts ---
@@ -354,7 +361,7 @@ class LatentReasoner(nn.Module):
         """Loss parts of a Batch (paper, section 3.2), {answer, stop, kl, decode: share of the global batch's
         mean}. Gradients flow through the whole chain of latents."""
         losses, policy, N = {}, self.policy, batch.max_steps
-        if N == 0:
+        if batch.prefix is None:
             asked = torch.searchsorted(batch.text.index, batch.answer_index)  # indices into text.index
             h, _ = policy.read(policy.embed_tokens(batch.text.ids), batch.text, asked)
         else:
@@ -365,15 +372,16 @@ class LatentReasoner(nn.Module):
             h, cache = self.read(batch.prefix, N * self.config.thoughts_per_step + widths[1], embeds=prefix)
             plan = self.think(h, cache, N, batch.steps, batch.noise)
             h = policy.step(text, cache, batch.text.mask).flatten(0, 1).index_select(0, batch.answer_index)
+            # sums over the steps that a plan uses, divided by all that the stage allows, as released
+            step_weight = batch.example_weight / batch.stage_steps
             if self.config.stop:
                 stop = ~length_mask(batch.steps, N + 1)
                 logits = self.stop_logits(plan.stop_z).transpose(1, 2)  # (B, 2, N + 1)
                 ce = F.cross_entropy(logits, stop.long(), reduction="none")
-                asked = length_mask(batch.steps + batch.stops, N + 1)
-                losses["stop"] = masked_mean(ce, asked).sum() * batch.example_weight
+                losses["stop"] = (ce * length_mask(batch.steps + batch.stops, N + 1)).sum() * step_weight
             if plan.logvar is not None:
                 kl = gaussian_kl(plan.mu, plan.logvar).mean(dim=2)  # (B, N)
-                losses["kl"] = masked_mean(kl, length_mask(batch.steps, N)).sum() * batch.example_weight
+                losses["kl"] = (kl * length_mask(batch.steps, N)).sum() * step_weight
             if self.decoder is not None:
                 losses["decode"] = self.decode_loss(plan.z, batch)
         losses["answer"] = text_loss(policy, h, batch.answer, batch.answer_weights)

@@ -16,7 +16,8 @@ import model
 import train
 import vae
 from rl import LogProbs, rl_step
-from vae import Noise, Padded, collate, moved
+from model import Padded
+from vae import Noise, collate, to_device
 
 META = torch.device("meta")
 MOVES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
@@ -42,9 +43,9 @@ def meta(monkeypatch):
         own = getattr(torch.Tensor, name)
         monkeypatch.setattr(torch.Tensor, name, lambda x: of_meta(x) if x.is_meta else own(x))
 
-    def masked(cls, ids, valid):
-        places = torch.arange(ids.numel(), device=META) if ids.is_meta else valid.flatten().nonzero()[:, 0]
-        return cls(ids, valid, places)
+    def masked(cls, ids, mask):
+        index = torch.arange(ids.numel(), device=META) if ids.is_meta else mask.flatten().nonzero()[:, 0]
+        return cls(ids, mask, index)
 
     answers("__bool__", lambda x: True)
     answers("__float__", lambda x: 1.0)
@@ -100,7 +101,7 @@ def test_nothing_stays_on_the_cpu(method, meta):
     for llama in net.llamas():
         llama.activation_checkpointing = True
     with OneDevice():
-        losses = net(moved(batch, META))
+        losses = net(to_device(batch, META))
         sum(losses.values()).backward()
         sgd = torch.optim.SGD(net.parameters(), lr=0.1)
         for latent_grad in ("score", "path"):

@@ -9,11 +9,13 @@ import pytest
 import torch
 import train
 from data import Example
-from model import LLaMA, LLaMAConfig, first
-from rl import LogProbs, Terms, advantages, coherence, divergence, objective, score, update
+from model import LLaMA, LLaMAConfig, length_mask
+from rl import (LogProbs, Terms, coherence, compute_rewards, divergence, group_advantages, objective,
+                update)
 from vae import METHODS, LatentConfig, LatentReasoner, Noise, Plan, Rollout, collate
 
 S = "<<48/2=24>>"
+PAPER = (0.2, 1.0, False)  # ratio_clip, latent_coef, latent_mean
 PARTS = [("atp", {}), ("atp", {"stop": False}), ("atp", {"vae": False}), ("simcot", {}), ("nocot", {})]
 
 
@@ -37,13 +39,13 @@ def test_coherence(steps, answer, want):
 
 def test_advantages():
     r = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.5, 0.5, 0.5, 0.5])
-    a = advantages(r, 4)
+    a = group_advantages(r, 4, True)
     assert torch.allclose(a, torch.tensor([1.0, -1, -1, 1, 0, 0, 0, 0]), atol=1e-3)
-    assert advantages(r, 4, std=False).tolist() == [0.5, -0.5, -0.5, 0.5, 0, 0, 0, 0]
-    assert advantages(torch.full((7,), 1.6), 7).tolist() == [0.0] * 7  # though 7 x 1.6 / 7 is not 1.6 in fp32
+    assert group_advantages(r, 4, False).tolist() == [0.5, -0.5, -0.5, 0.5, 0, 0, 0, 0]
+    assert group_advantages(torch.full((7,), 1.6), 7, True).tolist() == [0.0] * 7  # though 7 x 1.6 / 7 is not 1.6 in fp32
     x = torch.randn(6, 8)
     want = (x - x.mean(1, True)) / (x.std(1, correction=0, keepdim=True) + 1e-4)
-    torch.testing.assert_close(advantages(x.flatten(), 8).view(6, 8), want)
+    torch.testing.assert_close(group_advantages(x.flatten(), 8, True).view(6, 8), want)
 
 
 class Words:
@@ -69,17 +71,17 @@ def test_score():
     # right, wrong, right but malformed, right but never ended
     tokens = [[1, 2, E], [1, 3, E], [6, 1, 2, E], [1, 2]]
     model, rollout = fake(tokens, [[[4], [5]], [[4], [5]], [[4], [6]], []])
-    got = score(model, rollout, [example], Words(), 1.0, 0.5, 0.1)
+    got = compute_rewards(model, rollout, [example], Words(), 1.0, 0.5, 0.1)
     assert got["accuracy"].tolist() == [1, 0, 1, 1]
     assert got["well_formed"].tolist() == [1, 1, 0, 0]
     assert got["coherence"].tolist() == [1.0, 0.0, 0.0, 0.0]
     assert got["decoded"].tolist() == [1, 0, 1, 1]  # the second plan, coherent by half, would earn nothing
-    torch.testing.assert_close(got["reward"], torch.tensor([1.6, 0.5, 1.0, 1.0]))
+    torch.testing.assert_close(got["rewards"], torch.tensor([1.6, 0.5, 1.0, 1.0]))
     # coherence only: no label is used, so another label changes nothing
-    got = score(model, rollout, [example], Words(), 0.0, 0.5, 1.0)
+    got = compute_rewards(model, rollout, [example], Words(), 0.0, 0.5, 1.0)
     assert got["coherence"].tolist() == [1.0, 0.5, 0.0, 0.0] and got["decoded"].tolist() == [1, 1, 1, 1]
-    other = score(model, rollout, [replace(example, answer="5")], Words(), 0.0, 0.5, 1.0)
-    assert got["reward"].tolist() == other["reward"].tolist() == [1.5, 1.0, 0.0, 0.0]
+    other = compute_rewards(model, rollout, [replace(example, answer="5")], Words(), 0.0, 0.5, 1.0)
+    assert got["rewards"].tolist() == other["rewards"].tolist() == [1.5, 1.0, 0.0, 0.0]
 
 
 # --- log-probabilities ---
@@ -130,7 +132,7 @@ def test_log_probabilities_are_those_of_a_naive_rollout(method, parts):
                 torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-9)
         assert (terms.mu is None) == (terms.logvar is None) == (terms.latent is None)
     if score_terms.mu is not None:
-        used = first(rollout.plan.steps, rollout.plan.z.shape[1])
+        used = length_mask(rollout.plan.steps, rollout.plan.z.shape[1])
         z = score_terms.mu + torch.exp(0.5 * score_terms.logvar) * rollout.eps[:, :rollout.plan.z.shape[1]]
         torch.testing.assert_close(z[used], rollout.plan.z[used], atol=1e-9, rtol=1e-9)
 
@@ -139,7 +141,7 @@ def test_log_probabilities_are_those_of_a_naive_rollout(method, parts):
 def test_log_probabilities_on_parts_of_groups(grad):
     model, rollout = make(group=4)
     whole = LogProbs(model, latent_grad=grad)(rollout)
-    for got, want in zip(LogProbs(model, latent_grad=grad)(rollout.part([3, 0, 2], [1, 3])), whole):
+    for got, want in zip(LogProbs(model, latent_grad=grad)(rollout.select([3, 0, 2], [1, 3])), whole):
         assert (got is None) == (want is None)
         if got is not None:
             torch.testing.assert_close(got, want[[13, 15, 1, 3, 9, 11]], atol=1e-4, rtol=1e-4)
@@ -197,13 +199,13 @@ def test_all_that_is_trained_gets_a_gradient(method, parts, grad):
     """DDP waits for the gradient of whatever requires one."""
     model, rollout = make(method, **parts)
     missing = lambda: [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    model.set_trainable(3)
+    model.set_trainable()
     sum(model(collate(oracle.examples(4), model.config, 3, torch.randn(4, 3, 2, 16))).values()).backward()
     assert not missing()
     model.zero_grad()
-    model.set_trainable("rl")
+    model.set_trainable(decoder=False)
     terms = LogProbs(model, latent_grad=grad)(rollout)
-    objective(terms, terms.detached(), rollout, torch.randn(12), 12)[0].backward()
+    objective(terms, terms.detached(), rollout, torch.randn(12), 12, *PAPER)[0].backward()
     assert not missing()
 
 
@@ -220,7 +222,7 @@ def test_both_gradients_are_of_the_expected_reward():
     for grad in ("path", "score"):
         log_probs, parts = LogProbs(model, latent_grad=grad), []
         for part in torch.arange(rows).split(rows // 20):
-            terms = log_probs(rollout.part([0], part.tolist()))
+            terms = log_probs(rollout.select([0], part.tolist()))
             logp = sum(v.flatten(1).sum(dim=1) for v in terms[:3] if v is not None)
             weight = model.latent_head.mu.weight
             parts.append(torch.autograd.grad((logp * reward[part]).mean(), weight)[0].flatten())
@@ -268,7 +270,7 @@ def test_objective_equals_its_definition(method, parts, latent_mean, coef):
         sides["token"] = [gain("token", diff("token")[i], a) for i in range(m)]
         for name, weight in (("latent", coef), ("token", 1.0)):
             total -= weight * sum(sides[name]) / max(1, len(sides[name])) / 24
-    loss, stats = objective(new, old, rollout, advantage, 24, latent_coef=coef, latent_mean=latent_mean)
+    loss, stats = objective(new, old, rollout, advantage, 24, 0.2, coef, latent_mean)
     assert math.isclose(float(loss), total, rel_tol=1e-5)
     for side, values in ratios.items():
         assert (f"{side}_terms" in stats) == bool(values)
@@ -285,7 +287,7 @@ def test_first_gradient_is_the_policy_gradient(grad):
     model, rollout = make()
     advantage, log_probs = torch.randn(12), LogProbs(model, latent_grad=grad)
     new = log_probs(rollout)
-    loss, stats = objective(new, new.detached(), rollout, advantage, 12)
+    loss, stats = objective(new, new.detached(), rollout, advantage, 12, *PAPER)
     loss.backward()
     assert stats["latent_clipped"] == stats["token_clipped"] == 0
     got = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -317,7 +319,7 @@ def test_clipping():
     for a, diff, want in [(1, 0.1, math.exp(0.1)), (1, 0.5, 1.2), (1, -0.5, math.exp(-0.5)),
                           (-1, 0.5, -math.exp(0.5)), (-1, -0.5, -0.8), (-1, 9.0, -math.exp(3))]:
         new = torch.full((2, 1), diff, requires_grad=True)
-        loss, stats = objective(Terms(None, None, new), old, rollout, torch.full((2,), float(a)), 2)
+        loss, stats = objective(Terms(None, None, new), old, rollout, torch.full((2,), float(a)), 2, *PAPER)
         assert math.isclose(loss.item(), -want, rel_tol=1e-5)
         loss.backward()
         assert (float(new.grad.abs().sum()) == 0) == (want in (1.2, -0.8) or diff == 9.0)
@@ -330,8 +332,9 @@ def test_latent_mean_and_coef():
     model.requires_grad_(False)
     old, advantage = LogProbs(model)(rollout), torch.ones(12)
 
-    def f(latent, **settings):
-        return float(objective(old._replace(latent=latent), old, rollout, advantage, 12, **settings)[0])
+    def f(latent, latent_coef=1.0, latent_mean=False):
+        new = old._replace(latent=latent)
+        return float(objective(new, old, rollout, advantage, 12, 0.2, latent_coef, latent_mean)[0])
 
     assert bool(((rollout.plan.steps > 0) | rollout.plan.stopped).all())  # every row has a latent side
     shifted, shares = old.latent + 0.16, rollout.plan.steps * 2 / (rollout.plan.steps * 2 + rollout.plan.stopped)
@@ -365,7 +368,7 @@ def test_divergence_equals_its_definition(method, parts):
     far = torch.full_like(new.token, -30.0).requires_grad_()  # no ratio overflows, and the pull is never lost
     pull = divergence(new._replace(token=far), new, rollout).sum()
     pull.backward()
-    assert pull.isfinite() and bool((far.grad[first(rollout.lengths, far.shape[1])] < -1).all())
+    assert pull.isfinite() and bool((far.grad[length_mask(rollout.lengths, far.shape[1])] < -1).all())
     start = divergence(new, LogProbs(model)(rollout), rollout)
     torch.testing.assert_close(start, torch.zeros(12), atol=1e-5, rtol=0)
 
@@ -421,7 +424,7 @@ def test_update_leaves_out_groups_of_equal_rewards(grad):
     assert seen == [8, 4]
     hook.remove()
     new = log_probs(rollout)
-    objective(new, new.detached(), rollout, advantage, 16)[0].backward()
+    objective(new, new.detached(), rollout, advantage, 16, *PAPER)[0].backward()
     [got], want = recorder.steps, gradients(model)
     assert got.keys() == want.keys()
     for name, g in want.items():
@@ -443,7 +446,7 @@ def test_update_adds_the_divergence_of_all_groups(grad, parts, micro_batch):
     stats = update(run, log_probs, reference, recorder, rollout, advantage)
     new = log_probs(rollout)
     kl = divergence(new, reference(rollout), rollout).mean()
-    (objective(new, new.detached(), rollout, advantage, 16)[0] + 0.3 * kl).backward()
+    (objective(new, new.detached(), rollout, advantage, 16, *PAPER)[0] + 0.3 * kl).backward()
     assert math.isclose(stats["kl"], kl.item(), rel_tol=1e-4)
     [got], want = recorder.steps, gradients(model)
     if grad == "path":
@@ -470,10 +473,10 @@ def test_update_is_ppo_from_the_policy_before_the_first_step(grad):
     for policy, is_old in ((plain, True), (fresh, False)):
         optimizer = sgd(policy)
         for g in range(4):
-            part, a = rollout.part([0, 1, 2, 3], [g]), advantage.view(4, 4)[:, g]
+            part, a = rollout.select([0, 1, 2, 3], [g]), advantage.view(4, 4)[:, g]
             new = LogProbs(policy, latent_grad=grad)(part)
             old = LogProbs(start, latent_grad=grad)(part) if is_old else new
-            loss, seen = objective(new, old.detached(), part, a, 4)
+            loss, seen = objective(new, old.detached(), part, a, 4, *PAPER)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 0.5)
             optimizer.step()
@@ -502,7 +505,7 @@ def test_update_under_autocast(grad):
         got[dtype] = {n: sum(step[n] for step in recorder.steps) for n in recorder.steps[0]}
     model.zero_grad()
     new = log_probs(rollout)
-    objective(new, new.detached(), rollout, advantage, 8)[0].backward()  # two minibatches, each a mean over 8
+    objective(new, new.detached(), rollout, advantage, 8, *PAPER)[0].backward()  # two minibatches, each a mean over 8
     for name, g in gradients(model).items():
         for dtype, tolerance in (("float32", 1e-4), ("bfloat16", 0.1)):
             error = float((got[dtype][name] - g).norm() / g.norm())
