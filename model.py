@@ -103,7 +103,8 @@ class Padded(NamedTuple):
     @classmethod
     def of(cls, rows):
         width = max([1, *map(len, rows)])
-        ids = torch.tensor([row + [-1] * (width - len(row)) for row in rows]).view(-1, width)
+        ids = [row + [-1] * (width - len(row)) for row in rows]
+        ids = torch.tensor(ids, dtype=torch.long).view(-1, width)
         return cls.masked(ids.clamp(min=0), ids >= 0)
 
     @classmethod
@@ -293,7 +294,8 @@ class LLaMA(nn.Module):
         rope, run, prefix = self.rope(positions[None], x.dtype), self.block_of_width(T), []
         for i, layer in enumerate(self.layers):
             # the last layer is finished only where its output is read
-            x, kv = run(layer, x, rope, weights[i], None, packed, wanted if i + 1 == len(self.layers) else None)
+            ends = wanted if layer is self.layers[-1] else None
+            x, kv = run(layer, x, rope, weights[i], None, packed, ends)
             prefix.append(kv)
         x = self.norm(x)
         cache = KVCache(prefix, mask, tail, group, weights) if tail else None

@@ -1,4 +1,4 @@
-"""Active planning: GRPO in latent space (paper, section 3.3). Start at rl_step, the last function but one.
+"""Active planning: GRPO in latent space (paper, section 3.3). Start at rl_step.
 
 Departures from the paper and its released code:
 1. Coherence compares numbers, not substrings. An unparsable step is incoherent, an empty plan scores 0.
@@ -187,7 +187,7 @@ def objective(new, old, rollout, advantages, total, ratio_clip, latent_coef, lat
 # --- one step of the loop ---
 
 def rl_step(run, ddp, reference, optimizer, examples):
-    """Rollouts of a global batch (each process its questions), rewards, optimizer steps. Returns statistics."""
+    """Rollouts of a global batch (each process its questions), rewards, optimizer steps -> statistics."""
     cfg, model, Q, G = run.cfg, run.model, len(examples), run.cfg.group
     own, d = slice(run.rank, None, run.world), model.policy.config.hidden_size
     noise = Noise.draw(Q * G, model.config, d, cfg.max_answer, generator(cfg.seed, RL_NOISE, run.step))

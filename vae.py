@@ -189,7 +189,7 @@ def collate(examples, config, stage, noise=None, total_examples=None, total_toke
     return Batch(prefix, text, torch.tensor(answer_index), torch.tensor(answer),
                  torch.full((len(answer),), 1 / (total_tokens or len(answer))), example_weight,
                  torch.tensor(steps), N, stage_steps, torch.tensor(stops), words,
-                 torch.tensor([b * N + k for b, k in decodes]), decode_weights, noise)
+                 torch.tensor([b * N + k for b, k in decodes], dtype=torch.long), decode_weights, noise)
 
 
 # --- rollouts ---
