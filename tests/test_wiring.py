@@ -119,11 +119,11 @@ def rewards_of(cfg):
 
 
 def advantages_of(cfg):
-    """Rewards less the mean of their group; with std_norm divided by its deviation (of N - 1) + 1e-4."""
+    """Rewards less the mean of their group; with std_norm divided by its deviation (of N - 1) + 1e-8."""
     rewards, found = rewards_of(cfg), []
     for at in range(0, len(rewards), cfg.group):
         own = rewards[at:at + cfg.group]
-        scale = statistics.stdev(own) + 1e-4 if cfg.std_norm else 1.0
+        scale = statistics.stdev(own) + 1e-8 if cfg.std_norm else 1.0
         found += [(r - statistics.fmean(own)) / scale for r in own]
     return found
 
