@@ -5,7 +5,6 @@
 import argparse
 import gzip
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -34,17 +33,14 @@ MAX_NUMBER = 64  # characters
 DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
 # a number and nothing else: "-$5", "$-5", "72%."
 NUMBER = re.compile(rf"((?:[-+]?\$?|\$[-+]){DIGITS})%?\.?")
-# words after a number that make it another one: "7 1/2", "7 and a half", "3 to 4", "3 or 4", "5 million"
-CHANGE = (r"[ \t]+(?:(?:(?:[-–+*/x×÷^=]|and|over|plus|minus|times|to) *)?[\\$€£(.]*[0-9¼-¾⅐-⅞]|\\d?frac|\\times"
-          r"|(?:and )?(?:an? |one )?half\b|or\b|(?:hundred|thousand|[mbtr]+illion|dozen|k)\b)")
-ANSWER = re.compile(
-    r"(?:\*\*|\$|\\boxed\{)*"  # bold or LaTeX begins
-    rf"([-+]?(?:\\?[$€£] ?)?[-+]?{DIGITS})"
-    r"[*$€£%}\\)\].,;:!?]*"  # and ends, with a unit or punctuation
-    rf"(?!\S|{CHANGE})", re.IGNORECASE)
+# words that make another number of the one before: "7 1/2", "7 and a half", "3 to 4", "3 or 4", "5 million"
+CHANGE = (r"[ \t]+(?:(?:(?:[-–+*/x×÷^=]|and|over|times|to) *)?[\\$€£(.]*[0-9¼-¾⅐-⅞]|\\d?frac|\\times"
+          r"|or\b|(?:and )?(?:an? |one )?half\b|(?:hundred|thousand|[mbtr]+illion|dozen)\b)")
+# bold or LaTeX may begin; the number with its currency; a unit, the end of bold or LaTeX, punctuation
+ANSWER = re.compile(rf"(?:\*\*|\$|\\boxed\{{)*([-+]?(?:\\?[$€£] ?)?[-+]?{DIGITS})[*$€£%}}\\)\].,;:!?]*"
+                    rf"(?!\S|{CHANGE})", re.IGNORECASE)
 STEP_PATTERN = re.compile(r"<<([^<>=\n]*)=([^<>=\n]*)>>")
-# one operand of an expression: operator (none before the first), brackets with their signs, its own sign,
-# digits, closing brackets
+# an operand with what is around it: operator (not before the first), "-(" or "(" each, sign, digits, ")" each
 TERM = re.compile(rf"(?:^|(?!^)(?://|[-+*/x×÷])) ?(?:[-+]? ?\( ?)*([-+]?) ?\$?({DIGITS})%?(?: ?\))* ?")
 
 
@@ -139,8 +135,8 @@ def load(name, split, data_dir="data"):
     if source not in files:
         raise ValueError(f"{name} has no split '{split}'")
     if not files[source].is_file():
-        raise FileNotFoundError(f"no dataset and no file '{files[source]}'; run `python data.py {name} --data_dir "
-                                f"{data_dir}` for a dataset: {', '.join(DATASETS)}")
+        raise FileNotFoundError(f"no dataset and no file '{files[source]}'; run `python data.py {name} "
+                                f"--data_dir {data_dir}` for a dataset: {', '.join(DATASETS)}")
     examples = read_file(files[source])
     if split == "test" or "valid" in files:
         return examples
@@ -151,12 +147,10 @@ def load(name, split, data_dir="data"):
 def read_file(path):
     """The examples of a JSON array or of lines, packed if built in. Items whose answer is no number are left
     out, with one note. Any other fault is a ValueError "file:line: what is wrong"."""
-    unpack = gzip.open if path.resolve().parent == ASSETS.resolve() else open
-    with unpack(path, "rt", encoding="utf-8-sig", errors="surrogateescape") as file:
-        try:
-            items = split_items(no_pointer(file.read()))  # \r\n and \r are read as \n
-        except Exception as error:
-            raise ValueError(f"{path}: broken ({error})") from None
+    try:
+        items = split_items(read_text(path))
+    except Exception as error:
+        raise ValueError(f"{path}: broken ({error})") from None
     examples, left_out = [], []
     for number, item in enumerate(items, 1):
         if isinstance(item, str) and not item.strip():
@@ -175,6 +169,16 @@ def read_file(path):
     return examples
 
 
+def read_text(path):
+    """A file's text, with \\n as line end. ValueError: it is what Git LFS leaves in place of a file."""
+    unpack = gzip.open if path.resolve().parent == ASSETS.resolve() and path.suffix == ".gz" else open
+    with unpack(path, "rt", encoding="utf-8-sig", errors="surrogateescape") as file:
+        text = file.read()
+    if text.startswith("version https://git-lfs"):
+        raise ValueError("it is a Git LFS pointer; `git lfs pull` fetches the file")
+    return text
+
+
 def split_items(text):
     """The items of a JSON array, or the lines of a text."""
     if text.lstrip().startswith("["):
@@ -184,13 +188,6 @@ def split_items(text):
             if "||" not in text.lstrip().split("\n")[0]:  # else it is a question: "[Hard] How many?||..."
                 raise
     return text.split("\n")
-
-
-def no_pointer(text):
-    """The text of a file. ValueError where Git LFS has left a pointer in its place."""
-    if text.startswith("version https://git-lfs"):
-        raise ValueError("it is a Git LFS pointer; `git lfs pull` fetches the file")
-    return text
 
 
 def parse_item(item):
@@ -229,9 +226,13 @@ GPT2_PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(
 DIGITS_PATTERN = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
 EOS_NAMES = ("<|end_of_text|>", "<|im_end|>", "<|endoftext|>", "<eos>")
 MAX_TEXT = 250_000  # characters; millions of blanks overflow the stack of tiktoken's regex engine
+MAX_WORD = 1_000  # bytes
+# fields of tokenizer.json that are handled or change no ids; any other must be empty
+HANDLED = {"version", "model", "type", "vocab", "merges", "ignore_merges", "fuse_unk", "added_tokens", "id",
+           "content", "special", "normalized", "pre_tokenizer", "post_processor", "decoder"}
 LACKING = 2**30  # ids from here on stand for bytes that a vocabulary lacks
-PRINTABLE = [b for b in range(256) if chr(b).isprintable() and b != ord(" ")]
 # tokenizer.json writes a printable byte as that character, the others as those from 256 on (GPT-2's table)
+PRINTABLE = [b for b in range(256) if chr(b).isprintable() and b != ord(" ")]
 CHAR_TO_BYTE = {b: b for b in PRINTABLE} | dict(enumerate(sorted({*range(256)} - {*PRINTABLE}), 256))
 
 
@@ -242,20 +243,21 @@ class Tokenizer:
 
     def __init__(self, file):
         self.file, model, added = file, file["model"], file["added_tokens"]
-        words = [token for token in added if not token.get("special")]
-        _check_fields(file, words)
         ids = dict(model["vocab"])
         for token in added:  # they count on from the vocabulary
             if ids.setdefault(token["content"], len(ids)) != token["id"]:
-                raise ValueError(f"added_tokens: {token['content']!r:.40} has not the next id, {len(ids) - 1}")
+                raise ValueError(f"added_tokens: {token['content']!r:.40} has not the next free id")
         if {*map(type, ids.values())} != {int} or sorted(ids.values()) != [*range(len(ids))] or "" in ids:
             raise ValueError("the ids of model.vocab and added_tokens are not 0, 1, 2, ..., or one is empty")
         self.vocab_size, self.special = len(ids), {token["content"]: token["id"] for token in added}
-        # those that are not special are found in text, the longest first
-        words = sorted((re.escape(token["content"]) for token in words), key=len, reverse=True)
-        self._words = re.compile(f"({'|'.join(words) or '(?!)'})")
-        tokens = {_to_bytes(name): id for name, id in model["vocab"].items() if name not in self.special}
-        _check_merges(tokens, model)
+        plain = [token for token in added if not token.get("special")]
+        _check_fields(file, plain)
+        # plain ones are found in text, the longest first
+        names = sorted((re.escape(token["content"]) for token in plain), key=len, reverse=True)
+        self._added = re.compile(f"({'|'.join(names) or '(?!)'})")
+        words = {word: id for word, id in model["vocab"].items() if word not in self.special}
+        _check_words(words, model)
+        tokens = {word.translate(CHAR_TO_BYTE).encode("latin-1"): id for word, id in words.items()}
         self._bytes = {id: token for token, id in tokens.items()}
         self._bytes |= {id: name.encode() for name, id in self.special.items()}
         # tiktoken needs every byte; encode_ordinary drops those that the vocabulary lacks
@@ -269,22 +271,22 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, directory):
-        """bos begins a text if the post_processor or, where it says nothing, add_bos_token says so. eos is
+        """bos begins a text if the post_processor says so, or add_bos_token where it says nothing. eos is
         tokenizer_config.json's, else the first of config.json, else one of EOS_NAMES. Other special tokens
         are dropped if the weights have no row for them."""
         path = Path(directory, "tokenizer.json")
         if not path.is_file():
             raise FileNotFoundError(f"{directory} has no tokenizer.json (a model's folder on a hub has one)")
         try:
-            file = _read_json(path)
+            file = json.loads(read_text(path))
             added = {token["content"]: token for token in file["added_tokens"]}
             path = path.with_name("tokenizer_config.json")
-            stated = _read_json(path)
+            stated = json.loads(read_text(path)) if path.is_file() else {}
             names = (stated.get("bos_token"), stated.get("eos_token"))
             names = [name["content"] if isinstance(name, dict) else name for name in names]
             bos, eos = (added[name] if name else None for name in names)
             path = path.with_name("config.json")
-            config = _read_json(path)
+            config = json.loads(read_text(path)) if path.is_file() else {}
             rows, end = config.get("vocab_size", LACKING), config.get("eos_token_id")
             if not eos and end is not None:
                 end = end[0] if isinstance(end, list) else end
@@ -317,7 +319,7 @@ class Tokenizer:
         """Text -> ids, never a special token's: data cannot inject one."""
         ids = []
         try:
-            for i, part in enumerate(self._words.split(text)):  # text, word, text, word, ..., text
+            for i, part in enumerate(self._added.split(text)):  # text, token, text, ...
                 ids += [self.special[part]] if i % 2 else self._bpe.encode_ordinary(part)
             return [id for id in ids if id < LACKING]
         except (Exception, KeyboardInterrupt):
@@ -347,50 +349,37 @@ class Tokenizer:
         return [self.special[name] for name in names]
 
 
-def _read_json(path):
-    """{} where there is no file."""
-    return json.loads(no_pointer(path.read_text("utf-8-sig"))) if path.is_file() else {}
-
-
-def _to_bytes(word):
-    if len(word) > 1000 or not all(ord(char) in CHAR_TO_BYTE for char in word):
-        raise ValueError(f"model.vocab: {word!r:.40} is too long, or not of ByteLevel's characters")
-    return bytes(CHAR_TO_BYTE[ord(char)] for char in word)
-
-
-def _check_fields(file, words):
-    """ValueError for a field that would change ids. words: the added tokens that are not special."""
-    model = ("dropout", "unk_token", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
-    fields = {name: file.get(name) for name in ("normalizer", "truncation", "padding")}
-    fields |= {name: file["model"].get(name) for name in model}
-    fields |= {name: any(token.get(name) for token in words) for name in ("single_word", "lstrip", "rstrip")}
-    fields["normalized"] = len({token.get("normalized") for token in words}) > 1  # these would be found last
-    for name, value in fields.items():
-        if value and value != {"type": "Sequence", "normalizers": []}:  # DeepSeek's way to write none
+def _check_fields(file, plain):
+    """ValueError for a field that might change ids. plain: the added tokens that are not special."""
+    for name, value in (item for part in (file, file["model"], *plain) for item in part.items()):
+        if value and name not in HANDLED and value != {"type": "Sequence", "normalizers": []}:  # no normalizer
             raise ValueError(f"{name} ({value!r:.60}) is not supported")
+    if len({token.get("normalized") for token in plain}) > 1:
+        raise ValueError("added_tokens of which some are normalized are not supported")
 
 
-def _check_merges(tokens, model):
-    """Hugging Face merges listed pairs in their order, tiktoken any two neighbours that make a token, by id.
-    They agree if each token, merged from its bytes, ends in a listed pair. With ignore_merges both also take a
-    token out of reach where it is all of a piece."""
+def _check_words(words, model):
+    """Hugging Face merges listed pairs in their order, tiktoken any two neighbours that make a word, by id.
+    They agree if each word, merged from its bytes, ends in a listed pair. With ignore_merges, words that no
+    merging reaches are found by both where text is cut to exactly these."""
+    odd = {*map(ord, "".join(words))} - CHAR_TO_BYTE.keys()
+    if odd or max(map(len, words)) > MAX_WORD:
+        raise ValueError(f"model.vocab: {[*map(chr, odd)][:1]} is not of ByteLevel, or a word is too long")
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    pairs = dict.fromkeys((_to_bytes(a), _to_bytes(b)) for a, b in pairs)
-    if missing := {word for a, b in pairs for word in (a, b, a + b)} - tokens.keys():
-        raise ValueError(f"model.merges: {min(missing)!r:.40} is not in model.vocab, or it is an added token")
-    made = [tokens[a + b] for a, b in pairs]
+    made = [words[a + b] for a, b in pairs]
     if made != sorted(made):
         raise ValueError("model.merges whose ids do not ascend are not supported")
-    for token in tokens:
-        parts = [token[i:i + 1] for i in range(len(token))]
+    pairs = {*map(tuple, pairs)}
+    for word in words:
+        parts = [*word]
         while len(parts) > 2:
-            id, i = min((tokens.get(parts[i] + parts[i + 1], LACKING), i) for i in range(len(parts) - 1))
+            id, i = min((words.get(parts[i] + parts[i + 1], LACKING), i) for i in range(len(parts) - 1))
             if id == LACKING:
                 break
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        out_of_reach = model.get("ignore_merges") and len(parts) > 2
-        if len(parts) > 1 and tuple(parts) not in pairs and not out_of_reach:
-            raise ValueError(f"model.merges do not make {token!r:.40} of model.vocab")
+        unreached = len(parts) > 2 and model.get("ignore_merges")
+        if len(parts) > 1 and tuple(parts) not in pairs and not unreached:
+            raise ValueError(f"model.merges do not make {word!r:.40} of model.vocab")
 
 
 def _pattern(pre):
@@ -412,12 +401,12 @@ def _begin(file):
     """The ids that a post_processor puts before a text; None where it has no template, which would tell."""
     post, found = file.get("post_processor") or {"type": "ByteLevel"}, None
     for part in post.get("processors", [post]):
+        if part["type"] not in ("TemplateProcessing", "ByteLevel"):  # the latter moves offsets only
+            raise ValueError(f"post_processor {part['type']!r:.40} is not supported")
         if part["type"] == "TemplateProcessing":
-            before = itertools.takewhile(lambda item: "Sequence" not in item, part["single"])
+            before = part["single"][:["Sequence" in item for item in part["single"]].index(True)]
             names = [item["SpecialToken"]["id"] for item in before]
             found = [id for name in names for id in part["special_tokens"][name]["ids"]] + (found or [])
-        elif part["type"] != "ByteLevel":
-            raise ValueError(f"post_processor {part['type']!r:.40} is not supported")
     return found
 
 
@@ -486,39 +475,32 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see --help)\n")
 
 
-def user_path(text):
-    """The type of a flag that is a path: a shell leaves the "~" in --out_dir=~/runs as it is."""
-    return os.path.expanduser(text)
-
-
 def cli(main):
-    """Run main(). An error is one line, its exit status 2 if the user can mend it, else 1; 130: Ctrl-C, 141: a
-    reader of its output has gone (as in `| head`)."""
+    """Run main(). An error is one line, its exit status 2 if the user can mend it, else 1; 130: Ctrl-C; 141:
+    nobody reads the output any more, as in `| head -1`."""
     try:
-        status = main()
-    except SystemExit as stopped:
-        status = stopped.code
+        sys.exit(main())
     except BrokenPipeError:
-        status = 141
+        sys.exit(141)
     except (ValueError, OSError, FloatingPointError) as error:
         # one write, or the lines of several processes could mix
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        status = 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
+        sys.exit(2 if isinstance(error, (ValueError, FileNotFoundError)) else 1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        status = 130
-    try:
-        print(end="", flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would complain when it ends
-        status = status or 141
-    sys.exit(status)
+        sys.exit(130)
+    finally:
+        try:
+            print(end="", flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would complain at its end
+            sys.exit(141)
 
 
 def main():
     parser = Parser(description="Download datasets and check their SHA-256.")
     parser.add_argument("names", nargs="+", choices=["all", *DATASETS])
-    parser.add_argument("--data_dir", default="data", type=user_path, help="their folder (default: data)")
+    parser.add_argument("--data_dir", default="data", type=os.path.expanduser, help="default: data")
     args = parser.parse_args()
     for name in DATASETS if "all" in args.names else args.names:
         for source in DATASETS[name].values():

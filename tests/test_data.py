@@ -311,10 +311,6 @@ def test_the_home_folder(tmp_path, monkeypatch):
     write(tmp_path / "own.txt", "q||#### 1\n")
     write(tmp_path / "gsm8k_test.jsonl", GSM)
     assert len(data.load("~/own.txt", "test")) == len(data.load("gsm8k", "test", "~")) == 1
-    assert data.user_path("~/runs") == str(tmp_path / "runs") and data.user_path("") == ""
-    parser = data.Parser()
-    parser.add_argument("--out_dir", type=data.user_path)
-    assert parser.parse_args(["--out_dir=~/runs"]).out_dir == str(tmp_path / "runs")
 
 
 @needs_shared
@@ -474,9 +470,9 @@ ALPHABET = list(BYTE_TO_CHAR.values())
 
 @pytest.mark.parametrize("words, merges, problem", [
     (["ab", "bc", "abc"], [("b", "c"), ("a", "b"), ("ab", "c")], "not ascend"),
-    (["ab", "abx"], [("a", "b")], r"model.merges do not make b'abx'"),  # no merge makes it
-    (["ab", "bc", "abc"], [("a", "b"), ("b", "c"), ("a", "bc")], r"do not make b'abc'"),  # "ab" comes first
-    (["ab", "abc"], [("a", "b"), ("a", "c")], "b'ac' is not in model.vocab"), (["ab"], [("a", "b"), ("ab", "")], "")])
+    (["ab", "abx"], [("a", "b")], r"model.merges do not make 'abx'"),  # no merge makes it
+    (["ab", "bc", "abc"], [("a", "b"), ("b", "c"), ("a", "bc")], r"do not make 'abc'"),  # "ab" comes first
+    (["ab", "abc"], [("a", "b"), ("a", "c")], "KeyError('ac')")])
 def test_a_table_that_tiktoken_would_merge_otherwise_is_refused(tmp_path, words, merges, problem):
     file = {"model": {"vocab": {w: i for i, w in enumerate(ALPHABET + words)}, "merges": merges},
             "pre_tokenizer": PLAIN, "added_tokens": []}
@@ -491,7 +487,7 @@ def test_ignore_merges_takes_a_whole_word_that_no_merge_makes(tmp_path):
     for text in ("bcd", "bcdx", "abcd", "ab"):
         assert ours.encode_ordinary(text) == hf_ids(hf, text)
     table(tmp_path, ALPHABET + ["ab", "abc"], [("a", "b")], ignore_merges=True)
-    refused(lambda: Tokenizer.from_pretrained(tmp_path), "do not make b'abc'")
+    refused(lambda: Tokenizer.from_pretrained(tmp_path), "do not make 'abc'")
 
 
 @st.composite
@@ -530,7 +526,7 @@ def test_random_tables_give_the_ids_of_tokenizers_or_are_refused():
         hf = tokenizers.Tokenizer.from_str(json.dumps(file))
         try:
             ours = Tokenizer(file)
-        except ValueError:
+        except (ValueError, KeyError):
             seen["refused"] += 1
             return
         seen["read"] += 1
@@ -774,18 +770,18 @@ def sequence(*parts):
     ("model merges", 5, ""), ("normalizer", {"type": "NFKC"}, "normalizer"), ("pre_tokenizer", None, ""),
     ("pre_tokenizer", {"type": "Metaspace"}, "Metaspace"),
     ("pre_tokenizer add_prefix_space", True, "ByteLevel"), ("model merges 0", "a b c", ""),
-    ("model merges 0", "Ġ zzz", "zzz"), ("model merges 0", "▁ t", "model.vocab: '▁'"),
+    ("model merges 0", "Ġ zzz", "zzz"), ("model merges 0", "▁ t", "▁t"),
     ("model vocab a", 7, "0, 1, 2"), ("model vocab a", -1, "0, 1, 2"), ("model vocab a", "1", "0, 1, 2"),
-    ("model vocab a", True, "0, 1, 2"), ("model vocab 日", 270, "model.vocab: '日'"),
+    ("model vocab a", True, "0, 1, 2"), ("model vocab 日", 270, "model.vocab: ['日']"),
     ("model vocab a", 2**24, "0, 1, 2"), ("model vocab a", 1.5, "0, 1, 2"), ("model vocab ", 270, "empty"),
     ("model vocab " + "a" * 1001, 270, "too long"), ("model vocab a\u00a0b", 270, "ByteLevel"),
-    ("added_tokens 0 id", 50, "next id"), ("added_tokens 0 id", 9999, "next id"),
+    ("added_tokens 0 id", 50, "next free id"), ("added_tokens 0 id", 9999, "next free id"),
     ("added_tokens 0", {}, "content"), ("model", None, ""), ("pre_tokenizer", sequence(), ""),
     ("added_tokens 0 content", 5, ""), ("model dropout", 0.1, "dropout (0.1)"),
     ("model unk_token", "<unk>", "unk_token"), ("model byte_fallback", True, "byte_fallback"),
     ("model continuing_subword_prefix", "##", "continuing_subword_prefix"),
     ("model end_of_word_suffix", "</w>", "end_of_word_suffix"), ("truncation", {"max_length": 1}, "truncation"),
-    ("padding", {"strategy": {"Fixed": 9}}, "padding"), ("added_tokens 0 content", "<|y|>", "next id"),
+    ("padding", {"strategy": {"Fixed": 9}}, "padding"), ("added_tokens 0 content", "<|y|>", "next free id"),
     ("post_processor", {"type": "RobertaProcessing"}, "post_processor 'RobertaProcessing'"),
     ("post_processor", template(X, END, ""), "post_processor"), ("post_processor", template("z", ""), "'z'"),
     ("post_processor", template(X, "", ids=(0, 7)), "post_processor"),
@@ -839,7 +835,7 @@ def test_a_sentencepiece_vocabulary_is_refused_by_name(tmp_path):
         refused(lambda: Tokenizer.from_pretrained(tmp_path), "tokenizer.json", name)
         cleared[name] = None
     write(tmp_path / "tokenizer.json", json.dumps(file))
-    refused(lambda: Tokenizer.from_pretrained(tmp_path), "model.vocab: '▁'")
+    refused(lambda: Tokenizer.from_pretrained(tmp_path), "model.vocab: ['▁']")
 
 
 def test_missing_and_truncated_tokenizer(tmp_path):
@@ -1078,9 +1074,10 @@ def test_command_line(tmp_path):
 
 
 @needs_shared
-def test_command_line_with_copied_files(tmp_path):
-    (tmp_path / "data").symlink_to(SHARED)
-    done = run_cli("gsm8k", "svamp", "gsm_hard", "multiarith", cwd=tmp_path)
+def test_command_line_with_copied_files(tmp_path, monkeypatch):
+    (tmp_path / "published").symlink_to(SHARED)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = run_cli("gsm8k", "svamp", "gsm_hard", "multiarith", "--data_dir=~/published", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "" and done.stdout.count("ok") == 5
     old = run_cli("svamp", "--from", str(SHARED), cwd=tmp_path)
     assert old.returncode == 2 and "unrecognized" in old.stderr
@@ -1093,8 +1090,8 @@ def test_flags_are_not_abbreviated(tmp_path):
 
 @pytest.mark.parametrize("body, status", [
     ("print('x', flush=True)", 141), ("print('x')", 141), ("print('x' * 10**6)", 141), ("return 3", 3),
-    ("print('x'); return 3", 3), ("print('x'); raise SystemExit(2)", 2), ("raise BrokenPipeError", 141),
-    ("print('x'); raise ValueError('bad')", 2)])
+    ("print('x'); return 3", 141), ("print('x'); raise SystemExit", 141), ("raise BrokenPipeError", 141),
+    ("print('x'); raise ValueError('bad')", 141), ("raise ValueError('bad')", 2)])
 def test_a_reader_that_has_gone(tmp_path, body, status):
     """As in `| head`: no traceback, no "Exception ignored", the status of a command that SIGPIPE ends."""
     code = f"import data\ndef main():\n    {body}\ndata.cli(main)"
