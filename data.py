@@ -118,10 +118,6 @@ FORMS = [  # keys of an item; the last is the answer
 decode_json = json.JSONDecoder(parse_float=Decimal).decode  # numbers stay exact
 
 
-class NoNumber(ValueError):
-    """An item is in order, but its answer is no number."""
-
-
 def load(name, split, data_dir="data"):
     """The examples of one split ("train", "valid", "test") of a dataset, or of a user's file: "test" is all
     of it, "valid" the last 5 % (1 to HELD_OUT), "train" the rest."""
@@ -153,19 +149,17 @@ def read_file(path):
         raise ValueError(f"{path}: broken ({error})") from None
     examples, left_out = [], []
     for number, item in enumerate(items, 1):
-        if isinstance(item, str) and not item.strip():
-            continue
         try:
-            examples.append(Example(*parse_item(item), f"{path.name.removesuffix('.gz')}:{number}"))
-        except NoNumber as error:
-            left_out.append(f"{path}:{number}: {error}")
+            if not isinstance(item, str) or item.strip():
+                example = Example(*parse_item(item), f"{path.name.removesuffix('.gz')}:{number}")
+                (left_out if example.answer is None else examples).append(example)
         except Exception as error:
             raise ValueError(f"{path}:{number}: {error}") from None
     if not examples:
-        raise ValueError(f"{left_out[0]}, like all in this file" if left_out else f"{path} is empty")
+        raise ValueError(f"{path} is empty, or no item's answer is a number")
     if left_out:
-        print(f"note: left out {len(left_out)} of {len(left_out) + len(examples)} items; the first is "
-              f"{left_out[0]}", file=sys.stderr)
+        print(f"note: {path}: {len(left_out)} of {len(left_out + examples)} items are left out, as their answers "
+              f"are no numbers; the first is {left_out[0].id}", file=sys.stderr)
     return examples
 
 
@@ -191,7 +185,8 @@ def split_items(text):
 
 
 def parse_item(item):
-    """A line (JSON, or "question||<<48/2=24>> #### 24") or a dict of FORMS -> (question, steps, answer)."""
+    """A line (JSON, or "question||<<48/2=24>> #### 24") or a dict of FORMS -> (question, steps, answer).
+    The answer is None where it is no number."""
     if isinstance(item, str) and item.lstrip().startswith("{"):
         item = decode_json(item)
     elif isinstance(item, str) and "||" in item:
@@ -206,9 +201,8 @@ def parse_item(item):
         answer = format(answer, "f")  # no exponent; "1e999999999" would fill the memory
     text, _, answer = str(answer).rpartition("####")
     number = parse_number(answer)
-    if number is None:
-        raise NoNumber(f"its answer {answer!r:.40} is no number")
-    answer, solution = format_number(number), item.get("steps") or item.get("cot") or text
+    answer = None if number is None else format_number(number)
+    solution = item.get("steps") or item.get("cot") or text
     if keys[0] == "Body":  # SVAMP: joined as in the released code
         question += " " + item["Question"].strip()
         solution = "<<" + re.sub(r"\.0+(?![0-9])|\s+", "", item["Equation"]) + f"={answer}>>"  # 8.0 -> 8
