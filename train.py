@@ -522,7 +522,7 @@ def micro_batches(run, examples, stage, noise):
     config = run.model.config
     tokens = sum(len(remaining_text(e, config, stage)) for e in examples)
     # rows of like length go together: less padding, the same batch
-    order = np.argsort([len(e) for e in examples], kind="stable")
+    order = np.argsort([len(e) - len(e.answer) for e in examples], kind="stable")
     count = -(-len(examples) // (run.micro_batch * run.world))
     for rows in np.array_split(order, min(count, len(examples) // run.world)):
         rows = rows[run.rank::run.world]
