@@ -215,7 +215,7 @@ def update(run, ddp, reference, optimizer, rollout, advantage):
                         loss, stats["kl"] = loss + cfg.kl_coef * kl / cfg.minibatch, kl.detach()
                 (loss * run.world).backward()  # DDP takes the mean; the losses are shares of a sum
             sums = {k: sums.get(k, 0) + v for k, v in stats.items()}
-        norms.append(run.clip_gradients(optimizer, cfg.rl_clip))
+        norms.append(run.clip_gradients(optimizer, cfg.rl_grad_clip))
         optimizer.step()
         optimizer.zero_grad()
     sums, found = run.mean(sums), {"grad_norm": float(np.mean(norms))}

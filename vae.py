@@ -24,6 +24,7 @@ from model import (KVCache, LLaMA, check_tensors, first, one_line, product_dtype
                    tensor_headers, write_json)
 
 OFF = dict(latent=False, head=False, vae=False, stop=False, decode=False)
+PARTS = tuple(OFF)
 METHODS = {  # paper, section 4: the baselines are parts switched off
     "atp": dict(latent=True, head=True, vae=True, stop=True, decode=True),
     "simcot": OFF | dict(latent=True, decode=True),
@@ -468,6 +469,13 @@ class LatentReasoner(nn.Module):
 
     def heads(self):
         return {n: p for n, p in self.state_dict().items() if not n.startswith(("policy.", "decoder."))}
+
+    def fits(self, config):
+        """Whether a model of this LatentConfig has the same heads, and a decoder if and only if this has."""
+        with torch.device("meta"):
+            other = LatentReasoner(LLaMA(self.policy.config), config)
+        shapes = lambda model: {name: p.shape for name, p in model.heads().items()}
+        return shapes(self) == shapes(other) and len(self.llamas()) == len(other.llamas())
 
     def save_pretrained(self, path):
         path = Path(path)
