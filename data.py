@@ -351,7 +351,10 @@ def download(file, digest, address, data_dir, source_dir=None):
 
 
 class Parser(argparse.ArgumentParser):
-    """Bad usage is one line and exit status 2."""
+    """Bad usage is one line and exit status 2. Flags are never abbreviated."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message):
         self.exit(2, f"error: {message} (see --help)\n")

@@ -6,8 +6,8 @@
     torchrun --nproc_per_node=8 train.py --stage vae ...   the same numbers, faster
     python train.py --stage rl                             from the run that --stage vae left in out/vae
 
-A run's folder in --out_dir is named by what it trains: vae (atp), simcot, coconut, cot, nocot; rl (of atp),
-simcot_rl, ... A switch that a preset turns on is turned off by --no-..., as --no-std_norm.
+A run's folder in --out_dir has the name of what it trains: vae (atp), simcot, coconut, cot, nocot; rl (atp),
+simcot_rl, ... --no-std_norm, --no-... turn off a switch that a preset turns on.
 """
 
 import argparse
@@ -35,8 +35,8 @@ from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-import eval as evaluation
 from data import ASSETS, BUILTIN, DATASETS, TEST_SETS, Parser, Tokenizer, cli, encode_all, load
+from eval import evaluate, evaluate_runs
 from model import LLaMA, LLaMAConfig, check_tensors, save_tensors, tensor_headers, write_json
 from rl import LogProbs, rl_step
 from vae import (END, METHODS, PARTS, RL_ORDER, SFT_NOISE, START, STEP, WEIGHTS, LatentConfig, LatentReasoner,
@@ -51,7 +51,7 @@ except ImportError:
 # --- settings ---
 
 def flag(default, note, choices=None, least=0):
-    """A field of Config. note: its text in --help; least: of a number, the smallest that is allowed."""
+    """A field of Config, its text in --help, its choices or its smallest number."""
     return field(default=default, metadata=dict(note=note, choices=choices, least=least))
 
 
@@ -62,12 +62,11 @@ AUTO = ("auto", "yes", "no")
 class Config:
     stage: str = flag("all", "all (vae, rl, evaluation), cot, vae, rl", ("all", "cot", "vae", "rl"))
     method: str = flag("atp", ", ".join(METHODS), METHODS)
-    preset: str = flag("builtin", "chain (with that --data), pretrained (with a Hugging Face --init)",
-                       ("builtin", "chain", "pretrained"))
-    init: str = flag("", "Hugging Face LLaMA, or a run or checkpoint of ours (rl: that of its --method)")
+    preset: str = flag("builtin", "defaults, as --data or --init ask", ("builtin", "chain", "pretrained"))
+    init: str = flag("", "Hugging Face LLaMA, or run or checkpoint of ours (rl: of --method)")
     data: str = flag("builtin", "builtin, chain, gsm8k, gsm8k_aug, or a file")
     data_dir: str = flag("data", "folder of the published files")
-    annotated: int = flag(4000, "so many questions show their steps (0: all; other data: 0)")
+    annotated: int = flag(4000, "so many questions show steps (0: all; other data: 0)")
     out_dir: str = flag("out", "folder of the runs")
     resume: bool = flag(False, "go on from the newest checkpoint of the same run")
     seed: int = flag(0, "of weights, data order and samples")
@@ -78,34 +77,34 @@ class Config:
     intermediate_size: int = flag(256, "width of the SwiGLU", least=1)
     context: int = flag(256, "longest sequence; longer examples are left out", least=1)
     thoughts_per_step: int = flag(1, "c: latents of a reasoning step", least=1)
-    max_steps: int = flag(6, "K: most latent reasoning steps (pretrained simcot, coconut: 3)", least=1)
+    max_steps: int = flag(6, "K: latent reasoning steps (pretrained simcot, coconut: 3)", least=1)
     vae: str = flag("auto", "sample latents, with a KL term (auto: as the method says)", AUTO)
     stop: str = flag("auto", "stop head", AUTO)
     decode: str = flag("auto", "decoder and its loss", AUTO)
-    batch_size: int = flag(32, "examples of an optimizer step, over all processes", least=1)
-    micro_batch: int = flag(128, "most rows of one forward and backward pass", least=1)
+    batch_size: int = flag(32, "examples of an optimizer step, on all processes", least=1)
+    micro_batch: int = flag(128, "most rows of one pass", least=1)
     cot_epochs: float = flag(12.0, "stage 0: text chain of thought")
     epochs_per_stage: float = flag(1.2, "each further stage (pretrained simcot, coconut: 3)")
-    final_epochs: float = flag(9.6, "further epochs, all steps latent (pretrained simcot, coconut: 16)")
-    max_iters: int = flag(0, "scale the curriculum to so many optimizer steps (rl: cut to so many batches)")
+    final_epochs: float = flag(9.6, "further epochs, all steps latent (these: 16)")
+    max_iters: int = flag(0, "scale the curriculum to so many optimizer steps (rl: cut)")
     cot_lr: float = flag(2e-3, "peak learning rate of stage 0")
     lr: float = flag(1.5e-3, "peak learning rate of the latent stages")
     min_lr: float = flag(0.02, "the cosine ends at this share of the peak (1: constant)")
-    warmup: int = flag(50, "optimizer steps of linear warm-up, in each stage")
+    warmup: int = flag(50, "optimizer steps of warm-up, in each stage")
     weight_decay: float = flag(0.4, "AdamW")
     decay_all: bool = flag(False, "decay norms and biases too")
     beta2: float = flag(0.98, "AdamW")
-    grad_clip: float = flag(1.0, "largest gradient norm (0: not clipped)")
+    grad_clip: float = flag(1.0, "of the gradient norm (0: none)")
     beta_kl: float = flag(1e-3, "weight of the KL term")
     decode_coef: float = flag(1.0, "weight of the decoder loss (1: the paper's sum over tokens)")
     rl_lr: float = flag(2e-4, "peak learning rate")
     rl_min_lr: float = flag(0.0, "as --min_lr")
-    rl_warmup: int = flag(10, "batches of linear warm-up")
+    rl_warmup: int = flag(10, "batches of warm-up")
     rl_grad_clip: float = flag(1.0, "as --grad_clip")
     rl_iters: int = flag(280, "batches of questions (0: one epoch)")
-    questions_per_step: int = flag(64, "questions of a batch, over all processes", least=1)
+    questions_per_step: int = flag(64, "questions of a batch, on all processes", least=1)
     group: int = flag(8, "rollouts of a question", least=2)
-    minibatch: int = flag(512, "rollouts of an optimizer step, over all processes", least=1)
+    minibatch: int = flag(512, "rollouts of an optimizer step, on all processes", least=1)
     w_acc: float = flag(1.0, "reward of a right answer (0: coherence only, no labels)")
     w_fmt: float = flag(0.5, "reward of a well-formed answer")
     w_coh: float = flag(0.1, "reward of coherence")
@@ -115,7 +114,7 @@ class Config:
     latent_coef: float = flag(1.0, "weight of the terms of latents and stops")
     latent_mean: bool = flag(False, "score: density averaged, not summed, over d")
     kl_coef: float = flag(0.0, "weight of the KL from the policy that RL began with")
-    max_answer: int = flag(16, "most answer tokens of a rollout, in evaluation too", least=1)
+    max_answer: int = flag(16, "most answer tokens of a rollout", least=1)
     eval_every: int = flag(250, "steps between validations (0: only at the end)")
     eval_size: int = flag(256, "validation questions", least=1)
     log_every: int = flag(10, "steps between lines of metrics.jsonl", least=1)
@@ -141,10 +140,10 @@ class Config:
             raise ValueError(f"--hidden_size {self.hidden_size}: no multiple of twice --heads {self.heads}")
         if not self.cot_epochs + self.epochs_per_stage + self.final_epochs:
             raise ValueError("--cot_epochs, --epochs_per_stage and --final_epochs leave no step")
-        Q, G, size = self.questions_per_step, self.group, self.minibatch
-        if size % Q or Q * G % size:
-            raise ValueError(f"--questions_per_step {Q} x --group {G} cannot be split into --minibatch {size}: "
-                             f"it must be {Q} x a divisor of {G}, as --minibatch {Q * G}")
+        Q, G = self.questions_per_step, self.group
+        if self.minibatch % Q or Q * G % self.minibatch:
+            raise ValueError(f"--minibatch {self.minibatch}: with --questions_per_step {Q}, --group {G} it is "
+                             f"{Q} x a divisor of {G}, as {Q * G}")
         if self.thoughts_per_step * self.max_steps >= self.context:
             raise ValueError("--thoughts_per_step times --max_steps leaves no room in --context")
 
@@ -154,19 +153,18 @@ SECTIONS = {"stage": "run", "hidden_size": "model from nothing", "thoughts_per_s
             "batch_size": "supervised stage", "rl_lr": "reinforcement learning", "eval_every": "running"}
 PRESETS = {
     "pretrained": dict(  # the paper's recipe, as its released code has it
-        data="gsm8k_aug", annotated=0, baseline=0, context=512, thoughts_per_step=2, max_steps=10,
-        batch_size=256, micro_batch=32, cot_epochs=0.0, epochs_per_stage=2.0, final_epochs=5.0, cot_lr=1e-4,
-        lr=1e-4, min_lr=1.0, warmup=0, weight_decay=0.01, decay_all=True, beta2=0.999, grad_clip=0.0,
-        rl_lr=1e-6, rl_min_lr=1.0, rl_warmup=0, rl_iters=0, questions_per_step=16, minibatch=16,
-        std_norm=True, latent_grad="score", eval_every=1000, save_every=1000),
-    "chain": dict(data="chain", baseline=5000, cot_epochs=1.2, epochs_per_stage=0.1, final_epochs=2.2)}
-# of SIM-CoT and Coconut in the preset "pretrained": 3 steps, 3 epochs for each, 25 in all as for the others
+        preset="pretrained", data="gsm8k_aug", annotated=0, baseline=0, context=512, thoughts_per_step=2,
+        max_steps=10, batch_size=256, micro_batch=32, cot_epochs=0.0, epochs_per_stage=2.0, final_epochs=5.0,
+        cot_lr=1e-4, lr=1e-4, min_lr=1.0, warmup=0, weight_decay=0.01, decay_all=True, beta2=0.999,
+        grad_clip=0.0, rl_lr=1e-6, rl_min_lr=1.0, rl_warmup=0, rl_iters=0, questions_per_step=16,
+        minibatch=16, std_norm=True, latent_grad="score", eval_every=1000, save_every=1000),
+    "chain": dict(preset="chain", data="chain", annotated=0, baseline=5000, cot_epochs=1.2,
+                  epochs_per_stage=0.1, final_epochs=2.2)}
+# pretrained SIM-CoT and Coconut, as released, in as many epochs as the rest
 THREE_STEPS = dict(max_steps=3, epochs_per_stage=3.0, final_epochs=16.0)
-# settings of a command rather than of a run
 COMMAND = {"stage", "init", "out_dir", "resume", "baseline", "device", "compile", "threads"}
-# settings that a resumed run may change
+# what a resumed run may change, and what a new run does not take over from --init's checkpoint
 RESUMABLE = COMMAND | {"micro_batch", "log_every", "save_every", "keep", "activation_checkpointing"}
-# settings that a new run does not take over from --init's checkpoint
 NOT_INHERITED = COMMAND | {"seed", "max_iters", "dtype"}
 
 
@@ -192,10 +190,9 @@ def parse(argv):
 
 
 def run_name(kind, method):
-    """The folder of a run, named by what it trains. kind: "rl", else supervised."""
-    if kind == "rl":
-        return "rl" if method == "atp" else f"{method}_rl"
-    return "vae" if method == "atp" else method
+    """The folder of a run. kind: "rl", else supervised."""
+    name = "vae" if method == "atp" else method
+    return name if kind != "rl" else "rl" if method == "atp" else f"{method}_rl"
 
 
 def newest(folder):
@@ -203,73 +200,62 @@ def newest(folder):
     return max((file.parent for file in Path(folder).glob(f"{STEP}/train.json")), default=None)
 
 
-def read_init(init):
-    """(folder of the weights, settings of the run that made them): a Hugging Face LLaMA has no settings."""
-    if Path(init, "config.json").is_file() and not Path(init, "train.json").is_file():
-        return str(init), None
+def starting_point(given):
+    """(folder of weights, settings of the run that made it, {} of a Hugging Face LLaMA)."""
+    init, method = given.get("init", ""), given.get("method", Config.method)
+    if given.get("stage") == "rl" and not init:
+        own, start = (Path(given.get("out_dir", Config.out_dir), run_name(k, method)) for k in ("rl", "vae"))
+        init = own if given.get("resume") and newest(own) else start  # to resume, its own checkpoint will do
+    if not init or Path(init, "config.json").is_file() and not Path(init, "train.json").is_file():
+        return init, {}
     try:
         ckpt = find_checkpoint(init)
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"--init {init}: neither a run (`python train.py --stage vae` makes one) nor a model's folder with "
-            "config.json (`hf download meta-llama/Llama-3.2-1B-Instruct --local-dir DIR` makes one)") from None
+            f"--init {init}: neither a run (`python train.py --stage vae` makes one) nor a folder with "
+            "config.json (`hf download meta-llama/Llama-3.2-1B-Instruct --local-dir DIR` does)") from None
     return str(ckpt), read_state(ckpt)["config"]
 
 
 def defaults(preset, method):
-    """The settings of a preset for a method, as far as they are not Config's own."""
+    """A preset's settings for a method: those that differ from Config's defaults."""
     three = preset == "pretrained" and method in ("simcot", "coconut")
     return PRESETS.get(preset, {}) | (THREE_STEPS if three else {})
 
 
-def inherited(saved, method):
-    """The settings of --init's run that a new run takes over. Another method has its own number of steps, and
-    does not begin with text again."""
-    values = {name: v for name, v in saved.items() if name in FIELDS and name not in NOT_INHERITED}
-    values["baseline"] = 0  # it would not begin from nothing
-    if saved["method"] != method:
-        if saved.get("preset") == "pretrained":
-            own = defaults("pretrained", method)
-            values |= {name: own[name] for name in THREE_STEPS}
-        if METHODS[method]["latent"] and saved["method"] != "nocot":
-            values["cot_epochs"] = 0.0
-    return values
-
-
 def resolve(given):
     """The Config of a run: defaults, then those of its preset or the settings of --init's run, then flags."""
-    stage, init, saved = given.get("stage"), given.get("init", ""), None
-    if stage == "rl" and not init:  # a resumed run needs only its own checkpoint
-        own, start = (Path(given.get("out_dir", Config.out_dir), run_name(kind, given.get("method", "atp")))
-                      for kind in ("rl", "vae"))
-        init = own if given.get("resume") and newest(own) else start
-    if init:
-        init, saved = read_init(init)
+    stage, data = given.get("stage"), given.get("data", Config.data)
+    init, saved = starting_point(given)
     method = "cot" if stage == "cot" else Config.method
-    if saved and stage != "cot" and (stage == "rl" or saved["method"] != "cot"):  # or text was a warm-up
+    if saved and stage != "cot" and (stage == "rl" or saved["method"] != "cot"):  # or text was the warm-up
         method = saved["method"]
     method = given.get("method", method)
+    usual = "pretrained" if init else "chain" if data == "chain" else Config.preset
+    values = defaults(given.get("preset", saved.get("preset", usual)), method)
     if saved:
-        values = inherited(saved, method) | defaults(given.get("preset"), method)
-    else:
-        preset = given.get("preset", "pretrained" if init else "chain" if given.get("data") == "chain"
-                           else Config.preset)
-        values = defaults(preset, method) | {"preset": preset}
-    if given.get("data", "builtin") not in ("builtin", values.get("data")):
-        values["annotated"] = 0  # the default is builtin's
+        own = {k: v for k, v in saved.items() if k in FIELDS and k not in NOT_INHERITED} | {"baseline": 0}
+        if method != saved["method"]:  # it has its own number of reasoning steps, and needs no text again
+            own |= {k: values[k] for k in THREE_STEPS if k in values}
+            own |= {"cot_epochs": 0.0} if METHODS[method]["latent"] and saved["method"] != "nocot" else {}
+        values = own if "preset" not in given else own | values
+    if data not in ("builtin", values.get("data")):
+        values = values | {"annotated": 0}  # the default is builtin's
     return Config(**{**values, **given, "method": method, "init": init})
 
 
 # --- set-up ---
 
-ASK_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # the last two: of clusters
+ASK_TO_STOP = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # by nohup
+    ASK_TO_STOP.remove(signal.SIGHUP)
 
 
 class Run:
-    """What a stage works with: settings, processes, device, folder, log. begin() loads model and data."""
+    """What a stage works with: settings, processes, device, folder, log; load() adds model and data.
+    kind: "rl", else supervised. resumed: the checkpoint that it goes on from, after `step` steps."""
 
     def __init__(self, cfg, kind, resumed=None, step=0):
-        """kind: "rl", else supervised. resumed: the checkpoint that it goes on from, after so many steps."""
         self.cfg, self.rl, self.resumed, self.step = cfg, kind == "rl", resumed, step
         self.name = run_name(kind, cfg.method)
         self.dir = Path(cfg.out_dir, self.name)
@@ -287,7 +273,6 @@ class Run:
         self.model = self.tokenizer = self.train = self.valid = self.checksum = self.bar = None
 
     def load(self):
-        """Model, tokenizer and data."""
         start = str(self.resumed) if self.resumed else self.cfg.init
         self.model, self.tokenizer = build(replace(self.cfg, init=start), self)
         for llama in self.model.llamas():
@@ -295,7 +280,7 @@ class Run:
             if self.compile:
                 llama.compile_blocks()
         self.train, self.valid = read_data(self, "train"), read_data(self, "valid")[:self.cfg.eval_size]
-        self.checksum = 0  # of the training data: a resumed run must have the same
+        self.checksum = 0  # of the training data, which a resumed run must find unchanged
         for e in self.train:
             self.checksum = zlib.crc32(repr((e.question, e.steps, e.answer)).encode(), self.checksum)
 
@@ -314,23 +299,19 @@ class Run:
             dist.all_reduce(t)
         return dict(zip(values, (t / self.world).tolist()))
 
-    def log(self, **values):
+    def log(self, stage, **values):
         """A line of metrics.jsonl, with seconds since the start and the GPU's peak in GiB."""
-        values["seconds"] = round(time.time() - self.began, 2)
+        if "lr" in values:
+            self.bar.set_postfix([*values.items()][:4])  # as many as fit in a line
+        values = dict(step=self.step, stage=stage, **values, seconds=round(time.time() - self.began, 2))
         if self.gpu:
             values["memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
         if self.main:
             with open(self.dir / "metrics.jsonl", "a") as f:
                 f.write(json.dumps(values) + "\n")
 
-    def log_step(self, stage, figures):
-        """A line of what this step was like, the mean over processes."""
-        figures = self.mean(figures)
-        self.log(step=self.step, stage=stage, **figures)
-        self.bar.set_postfix([*figures.items()][:4])  # as many as fit in a line
-
     def say(self, text):
-        """A line on stdout. If nobody reads it any more (`| head`, a closed terminal) the run goes on."""
+        """A line on stdout. Where nobody reads it any more (`| head`) the run goes on."""
         if self.main:
             try:
                 tqdm.write(f"{self.name}: {text}")
@@ -352,12 +333,6 @@ class Run:
             raise FloatingPointError(f"step {self.step + 1}: the gradient norm is {norm}; "
                                      "the last checkpoint stands")
         return norm
-
-    def catch_signals(self):
-        """From now on a signal asks the run to stop. Returns the handlers before. nohup's choice is kept."""
-        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        numbers = [n for n in ASK_TO_STOP if n != signal.SIGHUP or not ignored]
-        return {number: signal.signal(number, self.ask_to_stop) for number in numbers}
 
     def ask_to_stop(self, number, _):
         """The step ends and a checkpoint is written. A second Ctrl-C or SIGTERM stops at once."""
@@ -476,7 +451,7 @@ def save_checkpoint(run, optimizer):
         with open(run.dir / "metrics.jsonl", "ab") as log:
             logged = log.tell()
         write_json(part / "train.json", {"run": run.name, "step": run.step, "logged": logged,
-                                         "data": run.checksum, "config": vars(run.cfg)})
+                                         "data": run.checksum, "saved": time.time(), "config": vars(run.cfg)})
         os.replace(part, final)
     except OSError as e:
         shutil.rmtree(part, ignore_errors=True)
@@ -494,37 +469,26 @@ def tidy(run, keep):
             (ckpt / "optimizer.safetensors").unlink(missing_ok=True)
 
 
-def refuse_another(state, ckpt, run_name, method):
-    """ValueError where ckpt, with this train.json, is of another run than this one of its folder."""
-    held = state.get("run", run_name), state["config"]["method"]
-    if held != (run_name, method):
-        raise ValueError(f"{ckpt.parent} holds a run of another kind (a folder {held[0]}, --method {held[1]}): "
-                         "move it, or give another --out_dir")
-
-
 def resume_point(cfg, given, name):
     """(cfg, checkpoint, its train.json) to go on from. cfg decides only on what a resumed run may change."""
-    folder = Path(cfg.out_dir, name)
-    ckpt = newest(folder) if cfg.resume else None
+    ckpt = newest(Path(cfg.out_dir, name)) if cfg.resume else None
     if not ckpt:
         return cfg, None, {"step": 0, "logged": 0}
-    state = read_state(ckpt)
-    refuse_another(state, ckpt, name, cfg.method)
-    match state:
-        case {"step": int(step), "logged": int(logged), "data": int(), "run": str(), "config": saved} if (
-                min(step, logged) >= 0 and saved.keys() == FIELDS.keys()):
-            kept = {name: v for name, v in saved.items() if name not in RESUMABLE}
+    match state := read_state(ckpt):
+        case {"run": run, "step": int(step), "logged": int(logged), "data": int(), "config": saved} if (
+                run == name and min(step, logged) >= 0 and saved.keys() == FIELDS.keys()):
+            kept = {k: v for k, v in saved.items() if k not in RESUMABLE}
         case _:
-            raise ValueError(f"{ckpt}/train.json: broken or of another version; it can be --init, but not "
-                             "--resume")
+            raise ValueError(f"{ckpt}/train.json: broken or of another run or version; it can be --init, but "
+                             "not --resume")
     for k, v in kept.items():
         if given.get(k, v) != v:
-            raise ValueError(f"--{k} {given[k]}: --resume goes on with a run that has --{k} {v} ({folder})")
+            raise ValueError(f"--{k} {given[k]}: --resume goes on with a run that has --{k} {v} ({ckpt})")
     return replace(cfg, **kept, init=cfg.init if "init" in given else saved["init"]), ckpt, state
 
 
-def lock_folder(run, lock):
-    """Keep other runs out of this run's folder."""
+def take_folder(run, lock, logged):
+    """Lock the run's folder, and clear what others left there beyond the point where this run begins."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -532,16 +496,12 @@ def lock_folder(run, lock):
     except OSError as e:
         if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             raise
-        run.say(f"warning: the disk of {run.dir} has no locks; let no other run write there")
-
-
-def clear_folder(run, logged):
-    """Remove what lies in the run's folder beyond the point where this run begins: all, if it is new."""
+        run.say(f"warning: no locks on the disk of {run.dir}: let no other run write there")
     ckpt = newest(run.dir)
     if run.resumed and ckpt != run.resumed:
         raise ValueError(f"{run.dir}: another run has written there meanwhile; start again")
-    if ckpt:
-        refuse_another(read_state(ckpt), ckpt, run.name, run.cfg.method)
+    if ckpt and read_state(ckpt).get("run") != run.name:
+        raise ValueError(f"{ckpt} is of another run than {run.name}: move it, or give another --out_dir")
     for leftover in run.dir.glob(".tmp-*"):
         shutil.rmtree(leftover)
     tidy(run, run.cfg.keep if run.resumed else 0)
@@ -549,49 +509,38 @@ def clear_folder(run, logged):
         log.truncate(min(log.tell(), logged))
 
 
-def check_set_up(run):
-    """ValueError for what would fail, or do harm, only later."""
-    cfg, size = run.cfg, "questions_per_step" if run.rl else "batch_size"
-    if not run.resumed and cfg.init and Path(cfg.init).resolve().is_relative_to(run.dir.resolve()):
-        raise ValueError(f"--init {cfg.init}: this run would replace {run.dir} (give another --out_dir)")
-    if run.world > getattr(cfg, size):
-        raise ValueError(f"--{size} {getattr(cfg, size)} is smaller than the number of processes {run.world}")
-    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    if run.compile and not run.gpu and not shutil.which(compiler):
-        raise ValueError(f"--compile yes on a CPU needs a C++ compiler: {compiler} is not there (CXX names one)")
-
-
 @contextmanager
 def begin(cfg, kind, given):
     """The Run of a stage, new or resumed, alone in its folder until the `with` block ends. A new run replaces
     an earlier one there once its settings have proved right."""
     cfg, ckpt, state = resume_point(cfg, given, run_name(kind, cfg.method))
-    run, before = Run(cfg, kind, ckpt, state["step"]), {}
-    check_set_up(run)
-    lock = None
+    run, size = Run(cfg, kind, ckpt, state["step"]), "questions_per_step" if kind == "rl" else "batch_size"
+    if not ckpt and cfg.init and Path(cfg.init).resolve().is_relative_to(run.dir.resolve()):
+        raise ValueError(f"--init {cfg.init}: this run would replace {run.dir} (give another --out_dir)")
+    if run.world > getattr(cfg, size):
+        raise ValueError(f"--{size} {getattr(cfg, size)} is smaller than the number of processes {run.world}")
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if run.compile and not run.gpu and not shutil.which(compiler):
+        raise ValueError(f"--compile yes on a CPU needs a C++ compiler: there is no {compiler}")
+    run.load()
+    if ckpt and run.checksum != state["data"]:
+        raise ValueError(f"--data {cfg.data}: not the training data that {ckpt} was trained on")
+    run.dir.mkdir(parents=True, exist_ok=True)
+    lock = os.open(run.dir, os.O_RDONLY)  # the system unlocks however the process ends
+    before = {number: signal.signal(number, run.ask_to_stop) for number in ASK_TO_STOP}
     try:
-        run.load()
-        if ckpt and run.checksum != state["data"]:
-            raise ValueError(f"--data {cfg.data}: not the training data that this run began with ({ckpt})")
-        run.dir.mkdir(parents=True, exist_ok=True)
-        lock = os.open(run.dir, os.O_RDONLY)  # the system unlocks however the process ends
-        before = run.catch_signals()
         if run.main:
-            lock_folder(run, lock)
-            clear_folder(run, state["logged"])
+            take_folder(run, lock, state["logged"])
         if cfg.resume:
             run.say(f"resumed at step {run.step} ({ckpt or 'no checkpoint'})")
         yield run
         if run.signal:  # it came while the last checkpoint was written
             raise SystemExit(128 + run.signal)
     except torch.OutOfMemoryError:
-        share = -(-(cfg.minibatch if run.rl else cfg.batch_size) // run.world)
-        rows = min(cfg.micro_batch, share)  # of one pass
-        raise SystemExit(f"error: out of memory: try --micro_batch {rows // 2}" if rows > 1 else
-                         "error: out of memory with one row in a pass") from None
+        rows = min(cfg.micro_batch, -(-(cfg.minibatch if run.rl else cfg.batch_size) // run.world))
+        raise SystemExit(f"error: out of memory: try --micro_batch {max(1, rows // 2)}") from None
     finally:
-        if lock is not None:
-            os.close(lock)
+        os.close(lock)
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -601,12 +550,11 @@ def validate(run, stage):
     if run.model.config.latent and stage == 0:  # it still writes text: there is nothing to measure
         return
     mine = run.valid[run.rank::run.world]
-    figures, _ = evaluation.evaluate(run.model, run.tokenizer, mine, bf16=run.bf16,
-                                     max_answer=run.cfg.max_answer)
+    figures, _ = evaluate(run.model, run.tokenizer, mine, max_answer=run.cfg.max_answer, bf16=run.bf16)
     share = len(mine) * run.world / len(run.valid)
     figures = run.mean({k: v * share for k, v in figures.items() if k != "n"})
     run.model.train()
-    run.log(step=run.step, stage=stage, valid=figures)
+    run.log(stage, valid=figures)
     shown = ", ".join(f"{k} {v:.3f}" for k, v in figures.items())
     run.say(f"step {run.step} stage {stage}: validation {shown}")
 
@@ -675,7 +623,8 @@ def train_supervised(cfg, given):
             optimizer = ddp = None  # AdamW is made anew in each stage; the last one's state makes room
             gc.collect()
             model.set_trainable(stage)
-            optimizer = make_optimizer(model, cfg, cfg.weight_decay, run.resumed if run.step > first else None)
+            ckpt = run.resumed if run.step > first else None
+            optimizer = make_optimizer(model, cfg, cfg.weight_decay, ckpt)
             ddp = run.wrap(model.train())
             noise = sft_noise(run, cfg.batch_size, stage, run.step)
             for step in run.steps(first, last):
@@ -700,25 +649,13 @@ def train_supervised(cfg, given):
                 optimizer.zero_grad()
                 run.step = step + 1
                 if run.step % cfg.log_every == 0 or run.step == total:
-                    run.log_step(stage, parts | {"grad_norm": norm, "lr": lr})
+                    run.log(stage, **run.mean(parts | {"grad_norm": norm, "lr": lr}))
                 if run.step == last or (cfg.eval_every and run.step % cfg.eval_every == 0):
                     validate(run, stage)
                 save_or_stop(run, optimizer, total)
 
 
 # --- reinforcement learning (paper, section 3.3) ---
-
-def initial_policy(run):
-    """LogProbs of the policy that RL began with, for the KL term: a resumed run reads --init again."""
-    cfg = run.cfg
-    if not Path(cfg.init).is_dir():
-        raise FileNotFoundError(f"--kl_coef {cfg.kl_coef}: {cfg.init} is gone, the policy that this run began "
-                                "with (--init names its new place)")
-    start, _ = build(replace(cfg, decode="no", w_coh=0.0), run)  # no decoder, nor a reward for it
-    if run.compile:
-        start.policy.compile_blocks()
-    return LogProbs(start.requires_grad_(False), cfg.latent_grad)
-
 
 def train_rl(cfg, given):
     """GRPO on questions and answers, from checkpoint cfg.init. A step is a batch of questions."""
@@ -729,7 +666,14 @@ def train_rl(cfg, given):
         model.set_trainable("rl")
         optimizer = make_optimizer(model, cfg, 0.0, run.resumed)
         ddp = run.wrap(LogProbs(model, cfg.latent_grad))
-        reference = initial_policy(run) if cfg.kl_coef else None
+        reference = None
+        if cfg.kl_coef:  # from the policy that RL began with: a resumed run reads --init again
+            if not Path(cfg.init).is_dir():
+                raise FileNotFoundError(f"--kl_coef needs {cfg.init}, which is gone (--init: its new place)")
+            start, _ = build(replace(cfg, decode="no", w_coh=0.0), run)  # no decoder, nor a reward for it
+            if run.compile:
+                start.policy.compile_blocks()
+            reference = LogProbs(start.requires_grad_(False), cfg.latent_grad)
         run.say(f"{total} batches of {Q} questions x {G} rollouts, {Q * G // cfg.minibatch} "
                 f"optimizer steps each, from {cfg.init}")
         if run.step == 0:
@@ -742,7 +686,7 @@ def train_rl(cfg, given):
             figures = rl_step(run, ddp, reference, optimizer, examples)
             run.step = step + 1
             if run.step % cfg.log_every == 0 or run.step == total:
-                run.log_step("rl", figures | {"lr": lr})
+                run.log("rl", **run.mean(figures | {"lr": lr}))
             if run.step == total or (cfg.eval_every and run.step % cfg.eval_every == 0):
                 validate(run, "rl")
             save_or_stop(run, optimizer, total)
@@ -751,10 +695,10 @@ def train_rl(cfg, given):
 # --- main ---
 
 def report(cfg, runs):
-    """Print the table of {label: run's folder} on the task's test sets, or what was held out of a file."""
+    """Print the table of [(label, run's folder)] on the task's test sets, or what was held out of a file."""
     sets = TEST_SETS if cfg.data == "builtin" else (cfg.data,)
     split = "test" if cfg.data in (*BUILTIN, *DATASETS) else "valid"
-    evaluation.evaluate_runs(list(runs.items()), sets, split, cfg.data_dir, cfg.device, cfg.dtype, cfg.compile)
+    evaluate_runs(runs, sets, split, cfg.data_dir, cfg.device, cfg.dtype, cfg.compile)
 
 
 def reuse_memory():
@@ -790,20 +734,19 @@ def main(argv=None):
 
 def train_all(cfg, given):
     """The default job: the stages in turn, and their table."""
-    out, runs = Path(cfg.out_dir), {}
+    out, start, runs = Path(cfg.out_dir), Path(cfg.out_dir, run_name("vae", cfg.method)), []
     if cfg.method == "atp" and cfg.baseline:
         steps = min(cfg.baseline, cfg.max_iters or cfg.baseline)
         own = {"method": "nocot", "max_iters": steps, "vae": "auto", "stop": "auto", "decode": "auto"}
         train_supervised(replace(cfg, **own), given | own)
-        runs["answer only (nocot)"] = out / "nocot"
+        runs.append(("answer only (nocot)", out / "nocot"))
     train_supervised(cfg, given)
-    start = out / run_name("vae", cfg.method)
-    runs["latents, imitation (vae)" if cfg.method == "atp" else cfg.method] = start
+    runs.append(("latents, imitation (vae)" if cfg.method == "atp" else cfg.method, start))
     if cfg.method == "atp":
         if dist.is_initialized():
             dist.barrier()  # the checkpoint is there for every process
         train_rl(resolve({**given, "init": str(start)}), given)
-        runs["latents, active planning (rl)"] = out / "rl"
+        runs.append(("latents, active planning (rl)", out / "rl"))
     if not dist.is_initialized() or dist.get_rank() == 0:
         report(cfg, runs)
 

