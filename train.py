@@ -142,8 +142,8 @@ class Config:
             raise ValueError("--cot_epochs, --epochs_per_stage and --final_epochs leave no step")
         Q, G = self.questions_per_step, self.group
         if self.minibatch % Q or Q * G % self.minibatch:
-            raise ValueError(f"--minibatch {self.minibatch}: with --questions_per_step {Q}, --group {G} it is "
-                             f"{Q} x a divisor of {G}, as {Q * G}")
+            raise ValueError(f"--minibatch {self.minibatch}: with --questions_per_step {Q}, --group {G} it "
+                             f"is {Q} x a divisor of {G}, as {Q * G}")
         if self.thoughts_per_step * self.max_steps >= self.context:
             raise ValueError("--thoughts_per_step times --max_steps leaves no room in --context")
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import eval
@@ -15,6 +16,7 @@ import pytest
 import rl as rl_module
 import torch
 import train as module
+import vae as vae_module
 from data import Tokenizer, cli, encode_all, load
 from eval import evaluate as figures_of
 from eval import main as evaluate
@@ -23,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from train import (FIELDS, NOT_INHERITED, PRESETS, RESUMABLE, Config, Run, batch_indices, build, curriculum,
                    make_optimizer, parse, read_data, report, resolve)
 from train import main as train
-from vae import END, METHODS, START, LatentReasoner, find_checkpoint
+from vae import END, METHODS, START, LatentConfig, LatentReasoner, find_checkpoint
 
 SMALL = ["--hidden_size", "16", "--layers", "1", "--heads", "2", "--intermediate_size", "24",
          "--batch_size", "8", "--micro_batch", "8", "--max_steps", "3", "--eval_every", "0",
@@ -196,11 +198,70 @@ def test_new_tokens_begin_like_a_step(tmp_path, vae, data):
         evaluate(["--ckpt", str(tmp_path / "ckpt"), "--data", data])
 
 
+class PauseConfig(vae_module.LatentConfig):
+    """Of a method that is added: learned embeddings instead of latents."""
+
+    def __init__(self, pause, **others):
+        super().__init__(**others)
+        self.pause = pause
+
+
+class PauseReasoner(LatentReasoner):
+    def __init__(self, policy, config, decoder=None):
+        super().__init__(policy, config, decoder)
+        if getattr(config, "pause", False):
+            self.pause = torch.nn.Parameter(torch.zeros(config.max_steps, policy.config.hidden_size))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_that_is_added_is_the_one_that_is_trained(tmp_path, data, method, monkeypatch, capsys):
+    """Of any other method's checkpoint it takes the policy, and says so, whatever parts the two share."""
+    train(command(tmp_path, data, "--max_iters", "1", "--method", method))
+    monkeypatch.setitem(METHODS, "pause", {**METHODS[method], "pause": True})
+    for owner in (module, vae_module):
+        monkeypatch.setattr(owner, "LatentConfig", PauseConfig)
+        monkeypatch.setattr(owner, "LatentReasoner", PauseReasoner)
+    monkeypatch.setattr(PauseReasoner, "from_pretrained", partial(LatentReasoner.from_pretrained.__func__,
+                                                                  LatentReasoner))
+    cfg = resolve({"stage": "vae", "method": "pause", "init": str(tmp_path)})
+    with monkeypatch.context() as patch:
+        patch.setattr(vae_module, "LatentConfig", LatentConfig)  # what is on disk is of the old method
+        model, _ = build(cfg, Run(cfg, "vae"))
+    assert model.config.method == "pause" and "pause" in model.state_dict()
+    assert "only its policy is kept" in capsys.readouterr().out
+
+
 def test_a_new_run_replaces_a_broken_log(tmp_path, data):
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "metrics.jsonl").write_text("a note\n")
     train(command(tmp_path, data, "--max_iters", "1"))
     assert [row["step"] for row in metrics(tmp_path / "vae")] == [1, 1]  # losses, validation
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_runs_are_named_by_what_they_train(tmp_path, vae, data, method):
+    """--stage rl takes the run of its --method, and every folder is another."""
+    names = [module.run_name(kind, m) for kind in ("vae", "rl") for m in METHODS]
+    assert len(set(names)) == len(names)
+    own = tmp_path / Run(Config(method=method), "vae").name
+    shutil.copytree(vae / "vae", own)
+    cfg = resolve(parse(["--stage", "rl", "--method", method, "--out_dir", str(tmp_path)]))
+    assert cfg.init == str(find_checkpoint(own))
+    assert Run(cfg, "rl").dir == tmp_path / module.run_name("rl", method)
+    assert [module.run_name(kind, "atp") for kind in ("vae", "rl")] == ["vae", "rl"]
+
+
+@pytest.mark.parametrize("held", ({"run": "simcot"}, {"run": "rl"}, {"run": None}))
+def test_a_folder_with_a_run_of_another_kind_is_never_cleared(tmp_path, vae, data, held):
+    shutil.copytree(vae / "vae", tmp_path / "vae")
+    file = find_checkpoint(tmp_path) / "train.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | held))
+    before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+    with pytest.raises(ValueError, match="of another run than vae: move it, or give another --out_dir"):
+        train(command(tmp_path, data, "--max_iters", "1"))
+    with pytest.raises(ValueError, match="of another run or version"):
+        train(command(tmp_path, data, "--max_iters", "8", "--resume"))
+    assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
 
 
 def test_rl_does_not_sample_with_an_untrained_sigma(tmp_path, data):
@@ -366,6 +427,61 @@ def test_a_pretrained_llama_has_the_released_recipe(llama):
     assert resolve(parse(["--init", llama, "--method", "coconut", "--max_steps", "5"])).max_steps == 5
 
 
+def test_settings_name_fields():
+    """Presets are valid settings; what a resumed run may change and what a new one does not take over exist."""
+    for name, values in PRESETS.items():
+        assert vars(Config(**values)).items() >= values.items() and values["preset"] == name
+    assert RESUMABLE | NOT_INHERITED | module.THREE_STEPS.keys() <= FIELDS.keys()
+
+
+def steps_of(*flags):
+    cfg = resolve(parse(flags))
+    return cfg.method, cfg.max_steps, cfg.epochs_per_stage, cfg.final_epochs, cfg.cot_epochs
+
+
+def saved(folder, **settings):
+    """A checkpoint with the settings that a run with these would have saved."""
+    ckpt = folder / "step-0000001"
+    ckpt.mkdir(parents=True)
+    (ckpt / "train.json").write_text(json.dumps({"step": 1, "config": vars(resolve(settings))}))
+    (ckpt / "latent.json").touch()
+    return str(folder)
+
+
+def test_pretrained_methods_have_their_steps_whatever_they_start_from(tmp_path, llama):
+    """CoT -> Coconut -> SIM-CoT, then ATP: 3 steps of 2 for the former, 10 for the latter. Text is learned
+    once."""
+    cot = saved(tmp_path / "cot", stage="cot", init=llama)
+    assert steps_of("--stage", "vae", "--init", cot)[:2] == ("atp", 10)
+    coconut = ["--stage", "vae", "--method", "coconut", "--init", cot]
+    assert steps_of(*coconut) == ("coconut", 3, 3, 16, 0)
+    assert steps_of(*coconut, "--max_steps", "5", "--cot_epochs", "1") == ("coconut", 5, 3, 16, 1)
+    coconut = saved(tmp_path / "coconut", init=cot, method="coconut")
+    assert steps_of("--init", coconut, "--method", "simcot") == ("simcot", 3, 3, 16, 0)
+    assert steps_of("--init", coconut, "--method", "atp") == ("atp", 10, 2, 5, 0)
+    simcot = saved(tmp_path / "simcot", init=coconut, method="simcot", max_steps=4)
+    assert steps_of("--init", simcot, "--stage", "rl")[:2] == ("simcot", 4)  # the same method: as it was
+
+
+def test_text_is_not_learned_twice(tmp_path):
+    """From nothing too. Steps are then as the earlier run had them."""
+    cot = saved(tmp_path / "cot", stage="cot", max_steps=4)
+    assert steps_of("--init", cot) == ("atp", 4, 1.2, 9.6, 0)
+    assert steps_of("--init", cot, "--method", "coconut", "--cot_epochs", "2") == ("coconut", 4, 1.2, 9.6, 2)
+    coconut = saved(tmp_path / "coconut", method="coconut")
+    assert steps_of("--init", coconut, "--method", "simcot")[-1] == 0
+    assert steps_of("--init", coconut)[-1] == 12  # the same method goes on as it was
+    nocot = saved(tmp_path / "nocot", method="nocot")
+    assert steps_of("--init", nocot, "--method", "atp")[-1] == 12  # it has not seen a step
+
+
+def test_home_folder_in_paths(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    paths = ("out_dir", "init", "data", "data_dir")
+    given = parse([f"--{name}=~/a" for name in paths])
+    assert given == dict.fromkeys(paths, "/home/somebody/a")
+
+
 @pytest.mark.parametrize("stage, flags, precision", [
     ("rl", ["--latent_grad", "score"], "highest"), ("rl", ["--latent_grad", "path"], "high"),
     ("vae", ["--latent_grad", "score"], "high"), ("vae", ["--dtype", "float32"], "highest")])
@@ -475,7 +591,77 @@ def test_coherence_alone_needs_a_decoder(tmp_path, warm, data):
         train(command(tmp_path, data, *flags, stage="rl"))
 
 
+def test_compile_needs_a_compiler(tmp_path, data, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match="--compile yes on a CPU needs a C.. compiler: .* no-such-compiler"):
+        train(command(tmp_path, data, "--compile", "yes"))
+    assert not list(tmp_path.iterdir())
+
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+
+
+def test_a_system_without_fcntl_is_one_line():
+    done = python("import sys; sys.modules['fcntl'] = None; import train")
+    assert done.returncode == 1 and done.stderr == (
+        "error: train.py runs on Linux and macOS; this Python has no fcntl\n")
+
+
+def test_nohup_is_respected():
+    code = "import signal; {}; import train; print(signal.SIGHUP in train.ASK_TO_STOP)"
+    ignore = "signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+    assert [python(code.format(first)).stdout for first in (ignore, "pass")] == ["False\n", "True\n"]
+
+
+@pytest.mark.parametrize("number", ("ENOSYS", "ENOLCK", "EOPNOTSUPP"))
+def test_a_disk_without_locks_is_a_warning(tmp_path, data, number, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(getattr(errno, number), "no locks")
+
+    monkeypatch.setattr(module.fcntl, "flock", flock)
+    train(command(tmp_path, data, "--max_iters", "1"))
+    assert capsys.readouterr().out.count("warning: no locks on the disk of") == 1
+    assert find_checkpoint(tmp_path / "vae").name == "step-0000001"
+
+
 # --- ends and resumes ---
+
+def test_a_stdout_that_nobody_reads_ends_no_run(tmp_path, vae, data):
+    """As after `| head -1`: the pipe is broken from the first line on."""
+    read, write = os.pipe()
+    os.close(read)
+    args = command(tmp_path, data, "--max_iters", "8")
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *args], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert_same(weights(tmp_path, "vae"), weights(vae, "vae"), exact=True)
+
+
+def test_resume_refuses_other_training_data(tmp_path, vae, data):
+    """Of the same name and as many questions. What it began with is taken again."""
+    shutil.copytree(vae / "vae", tmp_path / "vae")
+    resume, raw = ["--stage", "vae", "--resume", "--out_dir", str(tmp_path)], Path(data).read_text()
+    lines = raw.splitlines(keepends=True)
+    log = (tmp_path / "vae" / "metrics.jsonl").read_bytes()
+    try:
+        Path(data).write_text("".join([lines[1], lines[0], *lines[2:]]))
+        with pytest.raises(ValueError, match=f"--data {data}: not the training data that .* was trained on"):
+            train(resume)
+    finally:
+        Path(data).write_text(raw)
+    assert (tmp_path / "vae" / "metrics.jsonl").read_bytes() == log
+    train(resume)
+
+
+def test_validation_takes_the_run_s_own_limit(tmp_path, warm, data, monkeypatch):
+    """And its checkpoint says it to eval.py."""
+    seen, real = [], module.evaluate
+    monkeypatch.setattr(module, "evaluate", lambda *a, **k: seen.append(k["max_answer"]) or real(*a, **k))
+    train(command(tmp_path, data, "--max_iters", "1", "--max_answer", "5", "--init", str(warm), stage="rl"))
+    assert seen == [5, 5]
+    assert json.loads((find_checkpoint(tmp_path) / "train.json").read_text())["config"]["max_answer"] == 5
+
 
 @pytest.mark.parametrize("stage", ("vae", "rl"))
 def test_gradient_that_is_not_finite_stops_before_the_step(tmp_path, data, warm, stage, monkeypatch):
@@ -634,7 +820,7 @@ def test_metrics_that_cannot_be_written_are_one_line(tmp_path, broken, capsys):
         run.dir.mkdir()
         (run.dir / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(SystemExit) as e:
-        cli(lambda: run.log(step=1))
+        cli(lambda: run.log(0))
     err = capsys.readouterr().err
     assert e.value.code in (1, 2) and "No s" in err and err.count("\n") == 1
 
@@ -659,7 +845,7 @@ def test_resume_refuses_what_would_break_it(tmp_path, vae, data):
     whole = json.loads((ckpt / "train.json").read_text())
     for change in ({"logged": None}, {"logged": -1}, {"logged": "x"}, {"step": -1}):
         (ckpt / "train.json").write_text(json.dumps({**whole, **change}))
-        with pytest.raises(ValueError, match="train.json: broken or of another version"):
+        with pytest.raises(ValueError, match="train.json: broken or of another run or version"):
             train(resume)
     assert (tmp_path / "vae" / "metrics.jsonl").read_bytes() == log
 
