@@ -217,12 +217,6 @@ def starting_point(given):
     return str(ckpt), read_state(ckpt)["config"]
 
 
-def defaults(preset, method):
-    """A preset's settings for a method: those that differ from Config's defaults."""
-    three = preset == "pretrained" and method in ("simcot", "coconut")
-    return PRESETS.get(preset, {}) | (THREE_STEPS if three else {})
-
-
 def resolve(given):
     """The Config of a run: defaults, then those of its preset or the settings of --init's run, then flags."""
     stage, data = given.get("stage"), given.get("data", Config.data)
@@ -232,7 +226,10 @@ def resolve(given):
         method = saved["method"]
     method = given.get("method", method)
     usual = "pretrained" if init else "chain" if data == "chain" else Config.preset
-    values = defaults(given.get("preset", saved.get("preset", usual)), method)
+    preset = given.get("preset", saved.get("preset", usual))
+    values = PRESETS.get(preset, {})
+    if preset == "pretrained" and method in ("simcot", "coconut"):
+        values = values | THREE_STEPS
     if saved:
         own = {k: v for k, v in saved.items() if k in FIELDS and k not in NOT_INHERITED} | {"baseline": 0}
         if method != saved["method"]:  # it has its own number of reasoning steps, and needs no text again
@@ -252,13 +249,12 @@ if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # by nohup
 
 
 class Run:
-    """What a stage works with: settings, processes, device, folder, log; load() adds model and data.
+    """What a stage works with: settings, processes, device, folder, log; from load() on model and data.
     kind: "rl", else supervised. resumed: the checkpoint that it goes on from, after `step` steps."""
 
     def __init__(self, cfg, kind, resumed=None, step=0):
         self.cfg, self.rl, self.resumed, self.step = cfg, kind == "rl", resumed, step
-        self.name = run_name(kind, cfg.method)
-        self.dir = Path(cfg.out_dir, self.name)
+        self.name, self.dir = run_name(kind, cfg.method), Path(cfg.out_dir, run_name(kind, cfg.method))
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.main, self.device = self.rank == 0, device_of(cfg.device)
         self.gpu = self.device.type == "cuda"
@@ -273,8 +269,7 @@ class Run:
         self.model = self.tokenizer = self.train = self.valid = self.checksum = self.bar = None
 
     def load(self):
-        start = str(self.resumed) if self.resumed else self.cfg.init
-        self.model, self.tokenizer = build(replace(self.cfg, init=start), self)
+        self.model, self.tokenizer = build(replace(self.cfg, init=str(self.resumed or self.cfg.init)), self)
         for llama in self.model.llamas():
             llama.activation_checkpointing = self.activation_checkpointing
             if self.compile:
@@ -388,8 +383,8 @@ def build(cfg, run):
     policy is kept; RL refuses it."""
     torch.manual_seed(generator(cfg.seed, WEIGHTS).initial_seed())
     init, model, tokenizer = cfg.init, None, Tokenizer.from_pretrained(cfg.init or ASSETS)
-    asked = {part: getattr(cfg, part, "auto") for part in PARTS}
-    parts = METHODS[cfg.method] | {part: v == "yes" for part, v in asked.items() if v != "auto"}
+    asked = {part: getattr(cfg, part) == "yes" for part in PARTS if getattr(cfg, part, "auto") != "auto"}
+    parts = METHODS[cfg.method] | asked
     new_tokens = START not in tokenizer.special
     start, end = tokenizer.add_special(START, END)
     config = LatentConfig(**parts, method=cfg.method, max_steps=cfg.max_steps, start_id=start, end_id=end,
@@ -701,19 +696,14 @@ def report(cfg, runs):
     evaluate_runs(runs, sets, split, cfg.data_dir, cfg.device, cfg.dtype, cfg.compile)
 
 
-def reuse_memory():
-    """Keep freed large blocks: to clear new ones takes a sixth of a CPU step."""
-    if sys.platform == "linux":
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, 2**31 - 1)
-
-
 def main(argv=None):
     given = parse(argv)
     cfg = resolve(given)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    reuse_memory()
+    if sys.platform == "linux":  # keep freed large blocks: to clear new ones takes a sixth of a CPU step
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, 2**31 - 1)
     joins = "RANK" in os.environ and not dist.is_initialized()  # started by torchrun
     if joins:
         gpu = device_of(cfg.device).type == "cuda"

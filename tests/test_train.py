@@ -428,7 +428,7 @@ def test_a_pretrained_llama_has_the_released_recipe(llama):
 
 
 def test_settings_name_fields():
-    """Presets are valid settings; what a resumed run may change and what a new one does not take over exist."""
+    """Presets are valid settings. What a resumed run may change, or a new one does not take over, exists."""
     for name, values in PRESETS.items():
         assert vars(Config(**values)).items() >= values.items() and values["preset"] == name
     assert RESUMABLE | NOT_INHERITED | module.THREE_STEPS.keys() <= FIELDS.keys()
@@ -632,7 +632,8 @@ def test_a_stdout_that_nobody_reads_ends_no_run(tmp_path, vae, data):
     read, write = os.pipe()
     os.close(read)
     args = command(tmp_path, data, "--max_iters", "8")
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *args], stdout=write, stderr=subprocess.PIPE)
+    whole = [sys.executable, str(ROOT / "train.py"), *args]
+    done = subprocess.run(whole, stdout=write, stderr=subprocess.PIPE)
     os.close(write)
     assert (done.returncode, done.stderr) == (0, b"")
     assert_same(weights(tmp_path, "vae"), weights(vae, "vae"), exact=True)
