@@ -28,13 +28,13 @@ def judge(texts, example):
 
 @torch.no_grad()
 def evaluate(model, tokenizer, encoded, batch_size=0, samples=0, seed=0, max_tokens=160, temperature=1.0,
-             bf16=False, progress=None):
+             bf16=False, progress=None, max_answer=16):
     """Mean figures of data.Encoded questions, and what became of each (a list of dicts): accuracy and
     coherence (0 to 1), latents, tokens (latents and answer tokens without <eos>), pass@k and maj@k of
     `samples` rollouts each. progress: label of a bar."""
     config, policy, results = model.eval().config, model.policy.config, [{}] * len(encoded)
     # a latent method writes only its short answer
-    limit = 16 if config.latent else min(max_tokens, policy.max_position_embeddings)
+    limit = max_answer if config.latent else min(max_tokens, policy.max_position_embeddings)
     # questions of like length share a batch: less padding
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].question))
     batch_size = batch_size or (128 if model.device.type == "cpu" else 512)
@@ -156,6 +156,14 @@ def read_sets(args):
     if args.json:
         open(args.json, "a").close()  # what cannot be written fails now, not after the work
     return {name: load(name, args.split, args.data_dir)[:args.limit or None] for name in args.data}
+
+
+def evaluate_runs(rows, sets, split, data_dir, device, dtype, compile):
+    """Print the table of [(label, run's folder)] on the sets."""
+    args = parser().parse_args([])
+    vars(args).update(data=sets, split=split, data_dir=data_dir, device=device, dtype=dtype, compile=compile)
+    data = read_sets(args)
+    print(table([(label, measure(run, data, args)["benchmarks"]) for label, run in rows]))
 
 
 def main(argv=None):

@@ -74,6 +74,7 @@ def contents(ckpt):
     for name in ("resume", "out_dir"):
         state["config"].pop(name)
     state.pop("logged")  # the clocks of metrics.jsonl have more or fewer digits
+    state.pop("saved")  # when
     return {**files, "train.json": state}
 
 
