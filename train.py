@@ -33,12 +33,12 @@ from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-import eval as evaluation
 from data import ASSETS, BUILTIN, DATASETS, TEST_SETS, Parser, Tokenizer, cli, encode_all, load
+from eval import STEP_FOLDER, evaluate, evaluate_runs, find_checkpoint, read_state
 from model import LLaMA, LLaMAConfig, check_tensors, save_tensors, tensor_headers, write_json
 from rl import LogProbs, rl_step
-from vae import (END, METHODS, RL_ORDER, SFT_NOISE, START, STEP, WEIGHTS, LatentConfig, LatentReasoner,
-                 collate, device_of, find_checkpoint, generator, moved, read_state, remaining_text)
+from vae import (END, METHODS, RL_ORDER, SFT_NOISE, START, WEIGHTS, LatentConfig, LatentReasoner,
+                 collate, device_of, generator, moved, remaining_text)
 
 
 # --- settings ---
@@ -379,7 +379,8 @@ def save_checkpoint(run, optimizer):
         save_tensors(tensors, part / "optimizer.safetensors")
         with open(run.dir / "metrics.jsonl", "ab") as log:
             logged = log.tell()
-        write_json(part / "train.json", {"config": vars(run.cfg), "step": run.step, "logged": logged})
+        write_json(part / "train.json", {"config": vars(run.cfg), "step": run.step, "logged": logged,
+                                         "saved": time.time()})
         os.replace(part, final)
     except OSError as e:
         shutil.rmtree(part, ignore_errors=True)
@@ -389,7 +390,7 @@ def save_checkpoint(run, optimizer):
 
 def tidy(run, keep):
     """Keep the newest checkpoints; AdamW's state only in the newest."""
-    for age, ckpt in enumerate(sorted(run.dir.glob(STEP), reverse=True)):
+    for age, ckpt in enumerate(sorted(run.dir.glob(STEP_FOLDER), reverse=True)):
         if age >= keep:
             hidden = ckpt.with_name(f".tmp-{ckpt.name}")  # a checkpoint is whole, or it has another name
             shutil.rmtree(ckpt.replace(hidden))
@@ -399,7 +400,7 @@ def tidy(run, keep):
 
 def resume_point(cfg, given, folder):
     """(cfg, checkpoint, step, bytes of the log) to go on from. cfg decides only on what is free."""
-    state = max(folder.glob(f"{STEP}/train.json"), default=None)
+    state = max(folder.glob(f"{STEP_FOLDER}/train.json"), default=None)
     if not (cfg.resume and state):
         return cfg, None, 0, 0
     ckpt = state.parent
@@ -421,7 +422,7 @@ def take_folder(run, lock, logged):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"{run.dir}: another run writes there (give another --out_dir)") from None
-    if run.resumed and max(run.dir.glob(f"{STEP}/train.json")).parent != run.resumed:
+    if run.resumed and max(run.dir.glob(f"{STEP_FOLDER}/train.json")).parent != run.resumed:
         raise ValueError(f"{run.dir}: another run has written there meanwhile; start again")
     for leftover in run.dir.glob(".tmp-*"):
         shutil.rmtree(leftover)
@@ -486,7 +487,7 @@ def validate(run, stage):
     if run.model.config.latent and stage == 0:  # it still writes text: there is nothing to measure
         return
     mine = run.valid[run.rank::run.world]
-    figures, _ = evaluation.evaluate(run.model, run.tokenizer, mine, bf16=run.bf16)
+    figures, _ = evaluate(run.model, run.tokenizer, mine, max_answer=run.cfg.max_answer, bf16=run.bf16)
     share = len(mine) * run.world / len(run.valid)
     figures = run.mean({k: v * share for k, v in figures.items() if k != "n"})
     run.model.train()
@@ -642,12 +643,7 @@ def report(cfg, runs):
     """Print the table of {label: run's folder} on the task's test sets, or what was held out of a file."""
     sets = TEST_SETS if cfg.data == "builtin" else (cfg.data,)
     split = "test" if cfg.data in (*BUILTIN, *DATASETS) else "valid"
-    args = evaluation.parser().parse_args([])
-    vars(args).update(data=sets, split=split, data_dir=cfg.data_dir, device=cfg.device, dtype=cfg.dtype,
-                      compile=cfg.compile)
-    data = evaluation.read_sets(args)
-    rows = [(label, evaluation.measure(run, data, args)["benchmarks"]) for label, run in runs.items()]
-    print(evaluation.table(rows))
+    evaluate_runs(runs.items(), sets, split, cfg.data_dir, cfg.device, cfg.dtype, cfg.compile)
 
 
 def reuse_memory():

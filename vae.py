@@ -33,7 +33,6 @@ METHODS = {  # paper, section 4: the baselines are parts switched off
 START, END = "<|start-latent|>", "<|end-latent|>"
 SFT_NOISE, RL_NOISE, RL_ORDER, WEIGHTS = range(4)  # streams of random numbers of a seed
 MAX_LOGITS = {"cpu": 2**25, "cuda": 2**28}  # logits that lie in memory at once
-STEP = "step-" + 7 * "[0-9]"  # names of checkpoints in a run's folder
 MAX_DECODED = {"cpu": 2**9, "cuda": 2**11}  # steps that are put into words at once
 
 
@@ -498,26 +497,3 @@ class LatentReasoner(nn.Module):
             check_tensors(tensor_headers(file), model.heads(), file)
             model.load_state_dict(load_file(file), strict=False)
         return model
-
-
-def checkpoints(path):
-    """The newest checkpoint, by its step, of each run in `path`: a checkpoint, run or folder of runs."""
-    path = Path(path)
-    found = [file for folder in ("", f"{STEP}/", f"*/{STEP}/") for file in path.glob(f"{folder}train.json")]
-    if not found:
-        raise FileNotFoundError(f"{path}: no checkpoint there (`python train.py` makes one)")
-    runs = {file.resolve().parents[1]: file.parent for file in sorted(found)}  # of a run the last one stays
-    return list(runs.values())
-
-
-def find_checkpoint(path):
-    """The checkpoint of the run in `path` that was written last."""
-    return max(checkpoints(path), key=lambda ckpt: (ckpt / "train.json").stat().st_mtime)
-
-
-def read_state(ckpt):
-    """train.json of a checkpoint."""
-    match state := read_json(Path(ckpt) / "train.json"):
-        case {"step": int(), "config": {"seed": int(), "method": str(method)}} if method in METHODS:
-            return state
-    raise ValueError(f"{ckpt}/train.json: 'step', or 'config' with its 'seed' and 'method', is missing")
