@@ -28,7 +28,7 @@ def checkpoints(path):
     path, levels = Path(path).expanduser(), ("", f"{STEP_FOLDER}/", f"*/{STEP_FOLDER}/")
     found = [file for level in levels for file in path.glob(f"{level}train.json")]
     if not found:
-        raise FileNotFoundError(f"{path}: no checkpoint there (step-*/train.json; `python train.py` makes it)")
+        raise FileNotFoundError(f"{path}: no checkpoint there (no step-*/train.json: run `python train.py`)")
     runs = {file.resolve().parents[1]: file.parent for file in sorted(found)}  # the last of a run stays
     return list(runs.values())
 
@@ -79,14 +79,13 @@ def evaluate(model, tokenizer, encoded, batch_size=0, samples=0, seed=0, max_tok
     <eos>. coherence: share of plan steps whose result is used (rl.coherence). pass@k, maj@k: see `judge`.
     max_answer: most tokens that a latent method writes, max_tokens: others. progress: label of a bar."""
     config, policy, results = model.eval().config, model.policy.config, [{}] * len(encoded)
-    limit, d = max_answer if config.latent else max_tokens, policy.hidden_size
-    limit = min(limit, policy.max_position_embeddings)
+    limit = min(max_answer if config.latent else max_tokens, policy.max_position_embeddings)
     batch_size = batch_size or (128 if model.device.type == "cpu" else 512)
     size = max(1, batch_size // max(1, samples))  # questions in a pass
     # questions of like length share a pass: less padding
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].question))
     for at in tqdm(range(0, len(order), size), progress, leave=False, disable=None if progress else True):
-        part = order[at:at + size]
+        part, d = order[at:at + size], policy.hidden_size
         questions = [encoded[i] for i in part]
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             answered = answer_greedily(model, tokenizer, questions, limit)
@@ -96,8 +95,9 @@ def evaluate(model, tokenizer, encoded, batch_size=0, samples=0, seed=0, max_tok
                 rollout = model.rollout([e.question for e in questions], samples, noise, limit, temperature)
                 texts, _ = model.texts(rollout.tokens, rollout.lengths, tokenizer)
         for j, i in enumerate(part):
-            own = judge(texts[j * samples:(j + 1) * samples], encoded[i].example) if samples else {}
-            results[i] = answered[j] | own
+            results[i] = answered[j]
+            if samples:
+                results[i] |= judge(texts[j * samples:(j + 1) * samples], encoded[i].example)
     names = ["accuracy", "tokens", "latents", "coherence", *(n for r in results[:1] for n in r if "@" in n)]
     means = {name: sum(r[name] for r in results) / max(1, len(results)) for name in names}
     return {"n": len(results)} | means, results
@@ -108,6 +108,10 @@ def evaluate(model, tokenizer, encoded, batch_size=0, samples=0, seed=0, max_tok
 def over_sets(run):
     """The mean over the test sets, as the paper reports it."""
     return {name: mean(figures[name] for figures in run.values()) for name in [*run.values()][0]}
+
+
+def with_mean(run):
+    return run | ({"mean": over_sets(run)} if len(run) > 1 else {})  # of one set it would say the same
 
 
 def cells(figures, names):
@@ -123,10 +127,8 @@ def cells(figures, names):
 
 def summary(runs, names=("tokens", "coherence")):
     """The row of some runs: accuracy on each test set, then means over the sets: accuracy and `names`."""
-    means = [over_sets(run) for run in runs]
-    columns = {name: [run[name] for run in runs] for name in runs[0]}
-    columns |= {"mean": means} if len(columns) > 1 else {}
-    accuracy = {name: cells(figures, ["accuracy"])["accuracy %"] for name, figures in columns.items()}
+    runs, means = [with_mean(run) for run in runs], [over_sets(run) for run in runs]
+    accuracy = {name: cells([run[name] for run in runs], ["accuracy"])["accuracy %"] for name in runs[0]}
     return accuracy | cells(means, names)
 
 
@@ -174,26 +176,26 @@ def evaluate_runs(rows, sets, split, data_dir, device, dtype, compile):
 
 def parser():
     p = Parser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
-    p.add_argument("--data", nargs="+", default=TEST_SETS, help="test sets or files")
-    p.add_argument("--data_dir", default="data", help="folder of the published files")
-    p.add_argument("--split", default="test", choices=["test", "valid", "train"], help="of each set")
-    p.add_argument("--limit", type=int, default=0, help="questions of each set (0: all)")
-    p.add_argument("--samples", type=int, default=0, help="rollouts a question for pass@k and maj@k")
-    p.add_argument("--temperature", type=float, default=1.0, help="of sampled answers (0: greedy)")
-    p.add_argument("--batch_size", type=int, default=0, help="rollouts in one pass (0: 128, on a GPU 512)")
-    p.add_argument("--max_tokens", type=int, default=160, help="of a written chain of thought")
-    p.add_argument("--explain", type=int, default=0, help="questions of each set to print, with plans")
-    p.add_argument("--seed", type=int, default=0, help="of the samples")
-    p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: a GPU if any")
-    p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: by device")
-    p.add_argument("--compile", default="auto", choices=["auto", "yes", "no"], help="auto: on a GPU")
-    p.add_argument("--json", type=expanduser, default="", help="file for configuration and figures")
+    add = p.add_argument
+    add("--data", nargs="+", default=TEST_SETS, help="test sets or files")
+    add("--data_dir", default="data", help="folder of the published files")
+    add("--split", default="test", choices=["test", "valid", "train"], help="of each set")
+    add("--limit", type=int, default=0, help="questions of each set (0: all)")
+    add("--samples", type=int, default=0, help="rollouts a question for pass@k and maj@k")
+    add("--temperature", type=float, default=1.0, help="of sampled answers (0: greedy)")
+    add("--batch_size", type=int, default=0, help="rollouts in one pass (0: 128, on a GPU 512)")
+    add("--max_tokens", type=int, default=160, help="of a written chain of thought")
+    add("--explain", type=int, default=0, help="questions of each set to print, with plans")
+    add("--seed", type=int, default=0, help="of the samples")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: a GPU if there is one")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 on a GPU")
+    add("--compile", default="auto", choices=["auto", "yes", "no"], help="auto: on a GPU")
+    add("--json", type=expanduser, default="", help="file for configuration and figures")
     return p
 
 
 def read_sets(flags):
-    """{test set: examples} that a dict of flags asks for. Flags that say what to read are taken out of it:
-    `measure` takes the rest. ValueError for a flag out of range."""
+    """{test set: examples} that a dict of flags asks for; the flags that say so are taken out of it."""
     for name, value in flags.items():
         least = int(name == "max_tokens")
         if type(value) in (int, float) and not least <= value < 2**32:
@@ -210,10 +212,8 @@ def main(argv=None):
     if file:
         open(file, "a").close()  # what cannot be written fails now, not after the work
     record = measure(ckpt, read_sets(flags), **flags)
-    sets = record["benchmarks"]
-    sets = sets | {"mean": over_sets(sets)} if len(sets) > 1 else sets
-    names = ["accuracy", *(name for name in over_sets(sets) if name != "accuracy")]
-    print(markdown({name: cells([figures], names) for name, figures in sets.items()}, record["checkpoint"]))
+    sets = with_mean(record["benchmarks"])
+    print(markdown({name: cells([figures], figures) for name, figures in sets.items()}, record["checkpoint"]))
     if file:
         write_json(file, record)
 

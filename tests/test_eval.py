@@ -245,13 +245,13 @@ def test_one_checkpoint_from_the_command_line(runs, capsys):
     said = capsys.readouterr().out
     head, _, *rows = [line for line in said.splitlines() if line.startswith("|")]
     ckpt = str(runs / "out_0" / "rl" / "step-0000001")
-    assert cells(head) == [ckpt, "accuracy %", "n", "tokens", "latents", "coherence %", "pass@1 %", "pass@2 %",
-                           "maj@2 %"]
+    assert cells(head) == [ckpt, "n", "accuracy %", "tokens", "latents", "coherence %", "pass@1 %",
+                           "pass@2 %", "maj@2 %"]
     assert [cells(row)[0] for row in rows] == [data, "easy", "mean"]
     found = json.loads(file.read_text())
     for row, name in zip(rows, (data, "easy")):
         figures = found["benchmarks"][name]
-        assert cells(row)[1:4] == [f"{100 * figures['accuracy']:.1f}", "3", f"{figures['tokens']:.2f}"]
+        assert cells(row)[1:4] == ["3", f"{100 * figures['accuracy']:.1f}", f"{figures['tokens']:.2f}"]
     [explained] = found["explained"][data]
     assert explained["steps"] == ["<<1+2=3>>"] and "reference: <<1+2=3>>" in said
     assert explained["question"] in said and explained["text"] in said
