@@ -20,7 +20,7 @@ from eval import evaluate, evaluate_runs, find_checkpoint, judge, main, markdown
 from test_rl import Words
 from test_train import SMALL
 from train import main as train
-from vae import LatentReasoner
+from vae import METHODS, LatentReasoner
 
 TEXTS = {"72": [1, 2, 42], "24": [1, 3, 42], "24, without an end": [1, 3]}  # token ids of Words
 
@@ -219,6 +219,39 @@ def test_runs_are_compared_over_seeds_and_paired_by_seed():
     assert lines["base"]["to base"] == lines["apart"]["to base"] == ""
     assert lines["single"]["to base"] == "-10.0" and lines["single"]["a"] == "10.0"
     assert figures_of([{"accuracy": 0.5, "n": 7}], ["accuracy", "n"]) == {"accuracy %": "50.0", "n": "7"}
+
+
+# --- interventions on latents ---
+
+LATENT_METHODS = [method for method, parts in METHODS.items() if parts["latent"]]
+
+
+def uneven(method):
+    """A model whose plans have unlike lengths, if it has a stop head."""
+    model = naive.tiny(method, seed=3).eval()
+    if model.stop_head is not None:
+        torch.nn.init.normal_(model.stop_head[-1].weight, std=2.0)
+    return model
+
+
+@pytest.mark.parametrize("method", LATENT_METHODS)
+def test_an_answer_to_a_given_plan(method):
+    """To the rollout's own plan it is the rollout's, to another plan the oracle's."""
+    model, questions = uneven(method), [e.question for e in naive.examples(9)]
+    rollout = model.rollout(questions)
+    z, steps = rollout.plan.z, rollout.plan.steps
+    assert method != "atp" or len(set(steps.tolist())) > 1
+    for given, n in ((z, steps), (z.flip(0), steps.flip(0)), (z, 0 * steps)):
+        tokens, lengths = model.answer(rollout.prefix, given, n)
+        if given is z and n is steps:
+            assert torch.equal(tokens, rollout.tokens) and torch.equal(lengths, rollout.lengths)
+        for b, question in enumerate(questions):
+            sequence = naive.embed(model.policy, question + [naive.START])
+            sequence += [*given[b, :n[b]].flatten(0, 1), *naive.embed(model.policy, [naive.END])]
+            for token in tokens[b, :lengths[b]].tolist():
+                logits = model.policy.logits(naive.read(model.policy, sequence))[:43]
+                assert int(logits.argmax()) == token
+                sequence += naive.embed(model.policy, [token])
 
 
 # --- the command line ---
