@@ -36,11 +36,11 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from data import ASSETS, BUILTIN, DATASETS, TEST_SETS, Parser, Tokenizer, cli, encode_all, load
-from eval import evaluate, evaluate_runs
+from eval import STEP_FOLDER, evaluate, evaluate_runs, find_checkpoint, read_state
 from model import LLaMA, LLaMAConfig, check_tensors, save_tensors, tensor_headers, write_json
 from rl import LogProbs, rl_step
-from vae import (END, METHODS, PARTS, RL_ORDER, SFT_NOISE, START, STEP, WEIGHTS, LatentConfig, LatentReasoner,
-                 collate, device_of, find_checkpoint, generator, read_state, remaining_text, to_device)
+from vae import (END, METHODS, PARTS, RL_ORDER, SFT_NOISE, START, WEIGHTS, LatentConfig, LatentReasoner,
+                 collate, device_of, generator, remaining_text, to_device)
 
 try:
     import fcntl
@@ -197,7 +197,7 @@ def run_name(kind, method):
 
 def newest(folder):
     """The newest checkpoint in a run's folder, or None."""
-    return max((file.parent for file in Path(folder).glob(f"{STEP}/train.json")), default=None)
+    return max((file.parent for file in Path(folder).glob(f"{STEP_FOLDER}/train.json")), default=None)
 
 
 def starting_point(given):
@@ -456,7 +456,7 @@ def save_checkpoint(run, optimizer):
 
 def tidy(run, keep):
     """Keep the newest checkpoints; AdamW's state only in the newest."""
-    for age, ckpt in enumerate(sorted(run.dir.glob(STEP), reverse=True)):
+    for age, ckpt in enumerate(sorted(run.dir.glob(STEP_FOLDER), reverse=True)):
         if age >= keep:
             hidden = ckpt.with_name(f".tmp-{ckpt.name}")  # a checkpoint is whole, or it has another name
             shutil.rmtree(ckpt.replace(hidden))

@@ -11,11 +11,11 @@ import pytest
 import rl as rl_module
 import torch
 import train as module
+from eval import find_checkpoint
 from kill_resume import ROOT, differences, killed_run, metrics
 from test_train import assert_same, command, weights
 from train import Run
 from train import main as train
-from vae import find_checkpoint
 
 OFTEN = ["--save_every", "1", "--eval_every", "2"]
 

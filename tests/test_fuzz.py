@@ -22,8 +22,9 @@ from safetensors.torch import save_file
 import data
 from make_task import tokenizer_of
 from data import Tokenizer
+from eval import read_state
 from model import LLaMA, write_json
-from vae import LatentReasoner, read_state
+from vae import LatentReasoner
 
 FUZZ = int(os.environ.get("FUZZ", 120))
 MEMORY = 2**29  # bytes of address space that reading one file may add

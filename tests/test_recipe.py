@@ -14,9 +14,10 @@ import rl
 import torch
 import train
 from data import load
+from eval import find_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from vae import METHODS, find_checkpoint
+from vae import METHODS
 
 GSM8K = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k_train.jsonl"
 SMOLLM2 = Path(os.environ.get("SMOLLM2_DIR", "absent"))

@@ -19,13 +19,14 @@ import train as module
 import vae as vae_module
 from data import Tokenizer, cli, encode_all, load
 from eval import evaluate as figures_of
+from eval import find_checkpoint
 from eval import main as evaluate
 from kill_resume import ROOT, differences, finish, metrics, start
 from safetensors.torch import load_file, save_file
 from train import (FIELDS, NOT_INHERITED, PRESETS, RESUMABLE, Config, Run, batch_indices, build, curriculum,
                    make_optimizer, parse, read_data, report, resolve)
 from train import main as train
-from vae import END, METHODS, START, LatentConfig, LatentReasoner, find_checkpoint
+from vae import END, METHODS, START, LatentConfig, LatentReasoner
 
 SMALL = ["--hidden_size", "16", "--layers", "1", "--heads", "2", "--intermediate_size", "24",
          "--batch_size", "8", "--micro_batch", "8", "--max_steps", "3", "--eval_every", "0",
@@ -286,22 +287,6 @@ def test_of_a_checkpoint_with_other_parts_the_policy_is_kept(tmp_path, data, vae
     assert said in capsys.readouterr().out
 
 
-def test_newest_checkpoint(tmp_path, monkeypatch):
-    """The newest run's, and in a run the latest step's: a folder that was copied has files of any age."""
-    def make(name, age):
-        (tmp_path / name).mkdir(parents=True)
-        for file in ("train.json", "latent.json"):
-            (tmp_path / name / file).touch()
-            os.utime(tmp_path / name / file, (age, age))
-    make("a/step-0000002", 8)
-    make("a/step-0000001", 9)
-    make("b/step-0000007", 7)
-    assert find_checkpoint(tmp_path) == tmp_path / "a/step-0000002"
-    assert find_checkpoint(tmp_path / "b") == tmp_path / "b/step-0000007"
-    monkeypatch.chdir(tmp_path / "a/step-0000001")
-    assert find_checkpoint(".") == Path(".")
-
-
 def test_data_order_is_a_function_of_seed_and_step():
     n, size = 10, 4
     stream = [i for step in range(10) for i in batch_indices(3, step, n, size)]
@@ -351,7 +336,7 @@ def test_all_stages_in_turn_and_resume(tmp_path, data, capsys, monkeypatch):
 def test_closing_table_is_of_the_task_trained_on(task, sets, vae, monkeypatch, capsys):
     seen = []
 
-    def measured(model, tokenizer, encoded, *_, **__):
+    def measured(model, tokenizer, encoded, **_):
         seen.append((encoded[0].example.id.split(":")[0], len(encoded)))
         return {"n": len(encoded), "accuracy": 0.5, "tokens": 2.0, "latents": 0.0, "coherence": 0.0}, []
 
