@@ -158,8 +158,8 @@ def read_file(path):
     if not examples:
         raise ValueError(f"{path} is empty, or no item's answer is a number")
     if left_out:
-        print(f"note: {path}: {len(left_out)} of {len(left_out + examples)} items are left out, as their answers "
-              f"are no numbers; the first is {left_out[0].id}", file=sys.stderr)
+        print(f"note: {path}: {len(left_out)} of {len(left_out + examples)} items are left out, as their "
+              f"answers are no numbers; the first is {left_out[0].id}", file=sys.stderr)
     return examples
 
 
@@ -246,9 +246,8 @@ class Tokenizer:
         self.vocab_size, self.special = len(ids), {token["content"]: token["id"] for token in added}
         plain = [token for token in added if not token.get("special")]
         _check_fields(file, plain)
-        # plain ones are found in text, the longest first
         names = sorted((re.escape(token["content"]) for token in plain), key=len, reverse=True)
-        self._added = re.compile(f"({'|'.join(names) or '(?!)'})")
+        self._plain = re.compile(f"({'|'.join(names) or '(?!)'})")  # found in text, the longest first
         words = {word: id for word, id in model["vocab"].items() if word not in self.special}
         _check_words(words, model)
         tokens = {word.translate(CHAR_TO_BYTE).encode("latin-1"): id for word, id in words.items()}
@@ -276,15 +275,14 @@ class Tokenizer:
             added = {token["content"]: token for token in file["added_tokens"]}
             path = path.with_name("tokenizer_config.json")
             stated = json.loads(read_text(path)) if path.is_file() else {}
-            names = (stated.get("bos_token"), stated.get("eos_token"))
-            names = [name["content"] if isinstance(name, dict) else name for name in names]
-            bos, eos = (added[name] if name else None for name in names)
+            names = [stated.get("bos_token"), stated.get("eos_token")]  # a name, or an object with it
+            bos, eos = (added[n["content"] if isinstance(n, dict) else n] if n else None for n in names)
             path = path.with_name("config.json")
             config = json.loads(read_text(path)) if path.is_file() else {}
             rows, end = config.get("vocab_size", LACKING), config.get("eos_token_id")
             if not eos and end is not None:
-                end = end[0] if isinstance(end, list) else end
-                eos = {token["id"]: token for token in added.values()}[end]
+                by_id = {token["id"]: token for token in added.values()}
+                eos = by_id[end[0] if isinstance(end, list) else end]
             path = path.with_name("tokenizer.json")
             for token in filter(None, (bos, eos)):
                 token["special"] = True  # so that data cannot inject it
@@ -313,7 +311,7 @@ class Tokenizer:
         """Text -> ids, never a special token's: data cannot inject one."""
         ids = []
         try:
-            for i, part in enumerate(self._added.split(text)):  # text, token, text, ...
+            for i, part in enumerate(self._plain.split(text)):  # text, token, text, ...
                 ids += [self.special[part]] if i % 2 else self._bpe.encode_ordinary(part)
             return [id for id in ids if id < LACKING]
         except (Exception, KeyboardInterrupt):
@@ -346,7 +344,7 @@ class Tokenizer:
 def _check_fields(file, plain):
     """ValueError for a field that might change ids. plain: the added tokens that are not special."""
     for name, value in (item for part in (file, file["model"], *plain) for item in part.items()):
-        if value and name not in HANDLED and value != {"type": "Sequence", "normalizers": []}:  # no normalizer
+        if value and name not in HANDLED and value != {"type": "Sequence", "normalizers": []}:
             raise ValueError(f"{name} ({value!r:.60}) is not supported")
     if len({token.get("normalized") for token in plain}) > 1:
         raise ValueError("added_tokens of which some are normalized are not supported")

@@ -108,7 +108,8 @@ def test_numbers_equal(a, b, equal):
     # LaTeX and units
     ("### \\$72", "72", False), ("### \\boxed{\\$72}", "72", False), ("### 72\\%", "72", False),
     ("### $72$", "72", False), ("### $\\boxed{72}$.", "72", False), ("### 72€", "72", False),
-    ("### -$72", "-72", True), ("### $-72$", "-72", False), ("### 72 €", "72", False), ("### 72£.", "72", False),
+    ("### -$72", "-72", True), ("### $-72$", "-72", False), ("### 72 €", "72", False),
+    ("### 72£.", "72", False),
     ("### 72\\frac12", None, False), ("### 72$/hour", None, False), ("### $x$", None, False)])
 def test_extract_and_well_formed(text, answer, formed):
     assert data.extract_answer(text) == answer and data.well_formed(text) == formed
@@ -197,7 +198,8 @@ FORMS = [  # an item, and what it says
     ({"problem": "q", "answer": "72"}, ("q", (), "72")),
     ({"input": "q", "code": "x", "target": 39}, ("q", (), "39")),
     (SVAMP, ("If he has 3 left How many?", ("<<((8+2.5)-3)=7.5>>",), "7.5")),
-    (SVAMP | {"Body": "He ran.", "Equation": "8.0", "Answer": 8.0, "Question": " How many? "}, ("He ran. How many?", ("<<8=8>>",), "8"))]
+    (SVAMP | {"Body": "He ran.", "Equation": "8.0", "Answer": 8.0, "Question": " How many? "},
+     ("He ran. How many?", ("<<8=8>>",), "8"))]
 
 
 def read(path, content):
@@ -265,11 +267,11 @@ def test_items_without_a_number_are_left_out(tmp_path, capsys, content):
     good, start = "good||#### 7", time.perf_counter()
     items = read(tmp_path / "a.txt", "\n".join([good, content, content, "", good]))
     assert [x.id for x in items] == ["a.txt:1", "a.txt:5"]
-    assert capsys.readouterr().err == (f"note: {tmp_path}/a.txt: 2 of 4 items are left out, as their answers are "
-                                       "no numbers; the first is a.txt:2\n")
+    note = "2 of 4 items are left out, as their answers are no numbers; the first is a.txt:2"
+    assert capsys.readouterr().err == f"note: {tmp_path}/a.txt: {note}\n"
     read(tmp_path / "b.txt", good)
     assert capsys.readouterr().err == ""
-    refused(lambda: read(tmp_path / "a.txt", f"{content}\n{content}"), "a.txt is empty, or no item's answer is")
+    refused(lambda: read(tmp_path / "a.txt", f"{content}\n{content}"), "a.txt is empty, or no item's")
     refused(lambda: read(tmp_path / "a.txt", f"{content}\nnonsense"), "a.txt:2: neither")  # stays an error
     assert time.perf_counter() - start < 5  # "1e999999999" is not written out
 
@@ -676,7 +678,8 @@ LLAMA_3 = {"type": "Sequence", "processors": [OFFSETS, template(X, "")]}
 @pytest.mark.parametrize("post, stated, bos", [
     (None, {"bos_token": X}, None), (None, {"bos_token": X, "add_bos_token": False}, None),
     (OFFSETS, {"bos_token": X, "add_bos_token": False}, None), (template(""), {"bos_token": X}, None),
-    (template(X, ""), {"bos_token": X, "add_bos_token": False}, 1), (LLAMA_3, {"bos_token": {"content": X, "__type": "AddedToken"}}, 1),
+    (template(X, ""), {"bos_token": X, "add_bos_token": False}, 1),
+    (LLAMA_3, {"bos_token": {"content": X, "__type": "AddedToken"}}, 1),
     (LLAMA_3, {"add_bos_token": False}, 1), (template(X, ""), {"bos_token": END}, 1), (LLAMA_3, {}, 1),
     (template(""), {"bos_token": X, "add_bos_token": True}, None), (LLAMA_3, None, 1)])
 def test_bos_as_in_transformers(tmp_path, post, stated, bos):
@@ -723,7 +726,7 @@ def test_tokens_beyond_the_weights(tmp_path, rows, stated, special):
     write(tmp_path / "config.json", json.dumps({"vocab_size": rows}))
     write(tmp_path / "tokenizer_config.json", json.dumps(stated or {}))
     if special is None:
-        return refused(lambda: Tokenizer.from_pretrained(tmp_path), tmp_path / "tokenizer.json", f"rows for {rows}")
+        return refused(lambda: Tokenizer.from_pretrained(tmp_path), "tokenizer.json", f"rows for {rows}")
     ours = Tokenizer.from_pretrained(tmp_path)
     assert ours.special == special and ours.vocab_size == rows and ours.add_special("<x>") == [rows]
     ours.save_pretrained(tmp_path / "copy")
@@ -780,7 +783,8 @@ def sequence(*parts):
     ("added_tokens 0 content", 5, ""), ("model dropout", 0.1, "dropout (0.1)"),
     ("model unk_token", "<unk>", "unk_token"), ("model byte_fallback", True, "byte_fallback"),
     ("model continuing_subword_prefix", "##", "continuing_subword_prefix"),
-    ("model end_of_word_suffix", "</w>", "end_of_word_suffix"), ("truncation", {"max_length": 1}, "truncation"),
+    ("model end_of_word_suffix", "</w>", "end_of_word_suffix"),
+    ("truncation", {"max_length": 1}, "truncation"),
     ("padding", {"strategy": {"Fixed": 9}}, "padding"), ("added_tokens 0 content", "<|y|>", "next free id"),
     ("post_processor", {"type": "RobertaProcessing"}, "post_processor 'RobertaProcessing'"),
     ("post_processor", template(X, END, ""), "post_processor"), ("post_processor", template("z", ""), "'z'"),
@@ -830,7 +834,8 @@ def test_a_sentencepiece_vocabulary_is_refused_by_name(tmp_path):
     vocab = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", "▁", "t", "▁t"])}
     file = {"added_tokens": [], "normalizer": {"type": "Prepend", "prepend": "▁"}, "pre_tokenizer": None,
             "model": {"vocab": vocab, "merges": ["▁ t"], "unk_token": "<unk>", "byte_fallback": True}}
-    for name, cleared in (("normalizer", file), ("unk_token", file["model"]), ("byte_fallback", file["model"])):
+    model = file["model"]
+    for name, cleared in (("normalizer", file), ("unk_token", model), ("byte_fallback", model)):
         write(tmp_path / "tokenizer.json", json.dumps(file))
         refused(lambda: Tokenizer.from_pretrained(tmp_path), "tokenizer.json", name)
         cleared[name] = None
@@ -839,7 +844,7 @@ def test_a_sentencepiece_vocabulary_is_refused_by_name(tmp_path):
 
 
 def test_missing_and_truncated_tokenizer(tmp_path):
-    write(tmp_path / "tokenizer.json", "version https://git-lfs.github.com/spec/v1\noid sha256:0a39\nsize 5\n")
+    write(tmp_path / "tokenizer.json", "version https://git-lfs.github.com/spec/v1\nsize 5\n")
     refused(lambda: Tokenizer.from_pretrained(tmp_path), "tokenizer.json", "Git LFS pointer", "git lfs pull")
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match="tokenizer.json"):
