@@ -212,8 +212,8 @@ def starting_point(given):
         ckpt = find_checkpoint(init)
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"--init {init}: neither a run (`python train.py --stage vae` makes one) nor a folder with "
-            "config.json (`hf download meta-llama/Llama-3.2-1B-Instruct --local-dir DIR` does)") from None
+            f"--init {init}: no run of train.py, and no folder with config.json of a downloaded model (as "
+            "`hf download meta-llama/Llama-3.2-1B-Instruct --local-dir FOLDER` makes it)") from None
     return str(ckpt), read_state(ckpt)["config"]
 
 
@@ -474,8 +474,7 @@ def resume_point(cfg, given, name):
                 run == name and min(step, logged) >= 0 and saved.keys() == FIELDS.keys()):
             kept = {k: v for k, v in saved.items() if k not in RESUMABLE}
         case _:
-            raise ValueError(f"{ckpt}/train.json: broken or of another run or version; it can be --init, but "
-                             "not --resume")
+            raise ValueError(f"{ckpt}/train.json: broken or of another run or version; it can only be --init")
     for k, v in kept.items():
         if given.get(k, v) != v:
             raise ValueError(f"--{k} {given[k]}: --resume goes on with a run that has --{k} {v} ({ckpt})")
@@ -711,12 +710,7 @@ def main(argv=None):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # the longest that processes wait for one another: rank 0 writes a checkpoint of 30 GB alone
         dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(minutes=60))
-    if cfg.stage == "all":
-        train_all(cfg, given)
-    elif cfg.stage == "rl":
-        train_rl(cfg, given)
-    else:
-        train_supervised(cfg, given)
+    {"all": train_all, "rl": train_rl}.get(cfg.stage, train_supervised)(cfg, given)
     if joins:  # after an error it could wait for processes that are gone
         gc.collect()  # DDP's cycles would keep its threads alive beyond the interpreter
         dist.destroy_process_group()
