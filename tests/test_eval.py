@@ -228,7 +228,7 @@ LATENT_METHODS = [method for method, parts in METHODS.items() if parts["latent"]
 
 def uneven(method):
     """A model whose plans have unlike lengths, if it has a stop head."""
-    model = naive.tiny(method, seed=3).eval()
+    model = oracle.tiny(method, seed=3).eval()
     if model.stop_head is not None:
         torch.nn.init.normal_(model.stop_head[-1].weight, std=2.0)
     return model
@@ -237,7 +237,7 @@ def uneven(method):
 @pytest.mark.parametrize("method", LATENT_METHODS)
 def test_an_answer_to_a_given_plan(method):
     """To the rollout's own plan it is the rollout's, to another plan the oracle's."""
-    model, questions = uneven(method), [e.question for e in naive.examples(9)]
+    model, questions = uneven(method), [e.question for e in oracle.examples(9)]
     rollout = model.rollout(questions)
     z, steps = rollout.plan.z, rollout.plan.steps
     assert method != "atp" or len(set(steps.tolist())) > 1
@@ -246,12 +246,12 @@ def test_an_answer_to_a_given_plan(method):
         if given is z and n is steps:
             assert torch.equal(tokens, rollout.tokens) and torch.equal(lengths, rollout.lengths)
         for b, question in enumerate(questions):
-            sequence = naive.embed(model.policy, question + [naive.START])
-            sequence += [*given[b, :n[b]].flatten(0, 1), *naive.embed(model.policy, [naive.END])]
+            sequence = oracle.embed(model.policy, question + [oracle.START])
+            sequence += [*given[b, :n[b]].flatten(0, 1), *oracle.embed(model.policy, [oracle.END])]
             for token in tokens[b, :lengths[b]].tolist():
-                logits = model.policy.logits(naive.read(model.policy, sequence))[:43]
+                logits = model.policy.logits(oracle.read(model.policy, sequence))[:43]
                 assert int(logits.argmax()) == token
-                sequence += naive.embed(model.policy, [token])
+                sequence += oracle.embed(model.policy, [token])
 
 
 # --- the command line ---
