@@ -20,6 +20,7 @@ from rl import coherence
 from vae import METHODS, LatentReasoner, Noise, device_of, generator
 
 STEP_FOLDER = "step-" + 7 * "[0-9]"  # names of checkpoints in a run's folder
+KINDS = ("zero", "noise", "other", "reverse", "none")
 COUNTS = {"n": 0, "tokens": 2, "latents": 2}  # figure: digits shown. Other figures are shares, in per cent
 
 
@@ -57,7 +58,37 @@ def judge(texts, example):
     return figures | {f"maj@{n}": bool(votes) and is_correct(f"### {votes[0][0]}", example)}
 
 
-def answer_greedily(model, tokenizer, questions, limit):
+def change_plan(kind, plan, donors, seed):
+    """Latents in the place of a plan's: (z, steps). zero. noise, as long as each latent. other: those of the
+    rows `donors`. reverse: the steps in reverse order. none: no step, <|end-latent|> at once."""
+    z, steps = plan.z, plan.steps
+    if kind == "noise":
+        noise = torch.randn(z.shape, generator=generator(seed)).to(z)
+        return noise * (z.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)), steps
+    if kind == "reverse":
+        order = (steps[:, None] - 1 - torch.arange(z.shape[1], device=z.device)).clamp(min=0)
+        return z.take_along_dim(order[:, :, None, None], dim=1), steps
+    return (z[donors], steps) if kind == "other" else (0 * z, 0 * steps if kind == "none" else steps)
+
+
+def intervene(model, tokenizer, kind, seed, rollout, answers, questions, limit):
+    """Figures of each question after another plan. changed: the answer is another. follows: it is that of the
+    donor, the next question in the batch of as many steps and another answer."""
+    n, rows = rollout.plan.steps.tolist(), [*range(len(answers))]
+    fits = lambda b, o: n[o] == n[b] and answers[o] not in (answers[b], None)
+    donors = [next((o for o in rows[b + 1:] + rows[:b] if fits(b, o)), b) for b in rows]
+    z, steps = change_plan(kind, rollout.plan, donors, seed)
+    texts, _ = model.texts(*model.answer(rollout.prefix, z, steps, limit), tokenizer)
+    found = [{"exchanged": kind != "other" or donors[b] != b} for b in rows]
+    for b in (b for b in rows if found[b]["exchanged"]):  # the others have no donor
+        answer = extract_answer(texts[b])
+        found[b] |= {f"{kind}: accuracy": is_correct(texts[b], questions[b].example),
+                     f"{kind}: changed": answer != answers[b]}
+        found[b] |= {"other: follows": answer == answers[donors[b]]} if kind == "other" else {}
+    return found
+
+
+def answer_greedily(model, tokenizer, questions, limit, kind, seed):
     """The result (see `evaluate`) of each data.Encoded question."""
     rollout, plans = model.rollout([e.question for e in questions], max_tokens=limit), [[]] * len(questions)
     if model.decoder is not None:
@@ -65,18 +96,23 @@ def answer_greedily(model, tokenizer, questions, limit):
     texts, ended = model.texts(rollout.tokens, rollout.lengths, tokenizer)
     latents = (rollout.plan.steps * model.config.thoughts_per_step).tolist()
     written = [length - end for length, end in zip(rollout.lengths.tolist(), ended)]  # without <eos>
+    answers, changed = [extract_answer(text) for text in texts], [{}] * len(questions)
+    if kind:
+        changed = intervene(model, tokenizer, kind, seed, rollout, answers, questions, limit)
     return [vars(e.example) | dict(plan=plan, text=text, accuracy=is_correct(text, e.example), latents=n,
-                                   tokens=n + w, coherence=coherence(plan, extract_answer(text)))
-            for e, plan, text, n, w in zip(questions, plans, texts, latents, written)]
+                                   tokens=n + w, coherence=coherence(plan, answer)) | figures
+            for e, plan, text, answer, n, w, figures in zip(
+                questions, plans, texts, answers, latents, written, changed)]
 
 
 @torch.no_grad()
 def evaluate(model, tokenizer, encoded, batch_size=0, samples=0, seed=0, max_tokens=160, temperature=1.0,
-             max_answer=16, bf16=False, progress=None):
+             intervene="", max_answer=16, bf16=False, progress=None):
     """Answer data.Encoded questions greedily, then by `samples` rollouts each. Returns means over questions,
     and a dict for each question: its example, plan (in words), text and figures.
     accuracy: is the greedy answer right? latents: their number. tokens: latents and written tokens without
     <eos>. coherence: share of plan steps whose result is used (rl.coherence). pass@k, maj@k: see `judge`.
+    intervene: see `change_plan`; figures of the exchanged are means over these alone.
     max_answer: most tokens that a latent method writes, max_tokens: others. progress: label of a bar."""
     config, policy, results = model.eval().config, model.policy.config, [{}] * len(encoded)
     limit = min(max_answer if config.latent else max_tokens, policy.max_position_embeddings)
@@ -88,7 +124,7 @@ def evaluate(model, tokenizer, encoded, batch_size=0, samples=0, seed=0, max_tok
         part, d = order[at:at + size], policy.hidden_size
         questions = [encoded[i] for i in part]
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            answered = answer_greedily(model, tokenizer, questions, limit)
+            answered = answer_greedily(model, tokenizer, questions, limit, intervene, seed)
             if samples:  # with noise that no other question and no batch size changes
                 noise = [Noise.draw(samples, config, d, limit, generator(seed, i)) for i in part]
                 noise = Noise(*map(torch.cat, zip(*noise)))
@@ -99,8 +135,11 @@ def evaluate(model, tokenizer, encoded, batch_size=0, samples=0, seed=0, max_tok
             if samples:
                 results[i] |= judge(texts[j * samples:(j + 1) * samples], encoded[i].example)
     names = ["accuracy", "tokens", "latents", "coherence", *(n for r in results[:1] for n in r if "@" in n)]
-    means = {name: sum(r[name] for r in results) / max(1, len(results)) for name in names}
-    return {"n": len(results)} | means, results
+    if intervene:
+        names += ["exchanged", f"{intervene}: accuracy", f"{intervene}: changed"]
+        names += ["other: follows"] if intervene == "other" else []
+    values = {name: [r[name] for r in results if name in r] for name in names}
+    return {"n": len(results)} | {n: sum(each) / max(1, len(each)) for n, each in values.items()}, results
 
 
 # --- tables. The figures of a run: {test set: {name: number}} ---
@@ -149,6 +188,8 @@ def measure(path, data, device="auto", dtype="auto", compile="auto", explain=0, 
     model, tokenizer = LatentReasoner.from_pretrained(ckpt, device=device), Tokenizer.from_pretrained(ckpt)
     record = {"checkpoint": str(ckpt), **read_state(ckpt), "benchmarks": {}, "explained": {}}
     options |= {"max_answer": int(record["config"].get("max_answer", 16)), "bf16": on.get(dtype, False)}
+    if options.get("intervene") and not model.config.latent:
+        raise ValueError(f"--intervene {options['intervene']}: {ckpt} does not think in latents")
     for llama in model.llamas() if on.get(compile) else ():
         llama.compile_blocks()
     for name, examples in data.items():
@@ -186,7 +227,8 @@ def parser():
     add("--batch_size", type=int, default=0, help="rollouts in one pass (0: 128, on a GPU 512)")
     add("--max_tokens", type=int, default=160, help="of a written chain of thought")
     add("--explain", type=int, default=0, help="questions of each set to print, with plans")
-    add("--seed", type=int, default=0, help="of the samples")
+    add("--intervene", default="", choices=KINDS, help="answer from these latents in the plan's place too")
+    add("--seed", type=int, default=0, help="of the samples, and of noise")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: a GPU if there is one")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 on a GPU")
     add("--compile", default="auto", choices=["auto", "yes", "no"], help="auto: on a GPU")

@@ -15,8 +15,8 @@ import pytest
 import torch
 from compare import compare, gather
 from data import Encoded, Example, cli, load
+from eval import KINDS, evaluate, evaluate_runs, find_checkpoint, judge, main, markdown, summary
 from eval import cells as figures_of
-from eval import evaluate, evaluate_runs, find_checkpoint, judge, main, markdown, summary
 from test_rl import Words
 from test_train import SMALL
 from train import main as train
@@ -254,6 +254,53 @@ def test_an_answer_to_a_given_plan(method):
                 sequence += oracle.embed(model.policy, [token])
 
 
+@pytest.mark.parametrize("method", LATENT_METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_becomes_of_answers_under_another_plan(method, kind, monkeypatch):
+    """Each row is answered from the latents that the kind of intervention says, by definition; the figures
+    are counted by hand."""
+    model, questions, asked = uneven(method), naive.examples(12), []
+    answer = model.answer
+
+    def spy(prefix, z, steps, most):
+        asked.append((z, steps, answer(prefix, z, steps, most)))
+        return asked[-1][2]
+
+    monkeypatch.setattr(model, "answer", spy)
+    figures, results = evaluate(model, Sums(), questions, intervene=kind, max_answer=5)
+    order = sorted(range(12), key=lambda i: len(questions[i].question))
+    plan = model.rollout([questions[i].question for i in order], max_tokens=5).plan
+    results, [(z, steps, (tokens, lengths))] = [results[i] for i in order], asked
+    own = [r["text"] for r in results]
+    n, count, changed, follows = plan.steps.tolist(), 0, 0, 0
+    texts = [f"### {sum(row[:length - (row[length - 1] == 42)]) % 3}"
+             for row, length in zip(tokens.tolist(), lengths.tolist())]
+    for b, k in enumerate(n):
+        donors = [o % 12 for o in range(b + 1, b + 12) if n[o % 12] == k and own[o % 12] != own[b]]
+        assert steps[b] == (0 if kind == "none" else k)
+        if kind == "zero":
+            assert not z[b].any()
+        if kind == "noise":
+            assert torch.allclose(z[b, :k].norm(dim=-1), plan.z[b, :k].norm(dim=-1), rtol=1e-4)
+            assert not k or not torch.allclose(z[b, :k], plan.z[b, :k])
+        if kind == "reverse":
+            assert torch.equal(z[b, :k], plan.z[b, :k].flip(0))
+        if kind == "other" and donors:
+            assert torch.equal(z[b, :k], plan.z[donors[0], :k])
+            follows += texts[b] == own[donors[0]]
+        if kind != "other" or donors:
+            count += 1
+            changed += texts[b] != own[b]
+            assert results[b][f"{kind}: accuracy"] == (texts[b] == "### 1")
+    assert count and figures["exchanged"] == pytest.approx(count / 12)
+    assert figures[f"{kind}: changed"] == pytest.approx(changed / count)
+    if kind == "other":
+        assert figures["other: follows"] == pytest.approx(follows / count)
+        assert method != "atp" or 0 < count < 12  # some questions have no donor
+    plain, _ = evaluate(model, Sums(), questions, max_answer=5)
+    assert plain.items() <= figures.items()
+
+
 # --- the command line ---
 
 @pytest.fixture(scope="module")
@@ -330,6 +377,19 @@ def test_a_path_may_begin_with_the_home_folder(runs, monkeypatch):
     assert json.loads((runs / "home.json").read_text())["checkpoint"].startswith(str(runs / "out_0"))
     comparison.main(["~/out_0", "--baseline", "~/out_0/rl", *flags])
     assert [r["row"] for r in json.loads((runs / "home.json").read_text())] == ["rl", "vae"]
+
+
+def test_only_latents_can_be_exchanged(runs, tmp_path, capsys):
+    data = ["--data", str(runs / "questions.txt"), "--limit", "6", "--intervene", "other"]
+    main(["--ckpt", str(runs / "out_0" / "vae"), *data])
+    head = cells(capsys.readouterr().out.splitlines()[0])
+    assert head[-4:] == ["exchanged %", "other: accuracy %", "other: changed %", "other: follows %"]
+    shutil.copytree(find_checkpoint(runs / "out_0" / "vae"), tmp_path / "step-0000001")
+    file = tmp_path / "step-0000001" / "latent.json"
+    parts = {"method": "cot", **dict.fromkeys(["latent", "head", "vae", "stop", "decode"], False)}
+    file.write_text(json.dumps(json.loads(file.read_text()) | parts))
+    with pytest.raises(ValueError, match="--intervene other: .*step-0000001 does not think in latents"):
+        main(["--ckpt", str(tmp_path), *data])
 
 
 def test_compare_from_the_command_line(runs, capsys):
