@@ -150,9 +150,6 @@ class KVCache:
         bias = torch.where(visible, 0.0, -math.inf).to(dtype).unflatten(0, (-1, self.group))[:, None, :, None]
         return positions, new - (len(columns) - self.size), bias
 
-    def set_tail(self, layer, kv):
-        self.tail[layer] = kv
-
     def replay(self, f, *inputs):
         """f(*inputs), with inputs of the same shapes each time. From the second call on it is a CUDA graph,
         one launch. A graph knows addresses alone: all that f reads and writes must stay where it is."""
@@ -319,7 +316,7 @@ class LLaMA(nn.Module):
         for i, layer in enumerate(self.layers):
             past = *cache.prefix[i], *cache.tail[i], columns, bias
             x, kv = run(layer, x, (cos, sin), cache.weights[i], past)
-            cache.set_tail(i, kv)
+            cache.tail[i] = kv
         return self.norm(x)
 
     def rope(self, positions, dtype):
@@ -382,21 +379,19 @@ class LLaMA(nn.Module):
             raise ValueError(f"{path}/config.json: {one_line(e)}") from None
         if not any(name.startswith("model.") for name in found):  # saved from inside LlamaForCausalLM
             found = {name if name == "lm_head.weight" else f"model.{name}": v for name, v in found.items()}
-        embedding, output = "model.embed_tokens.weight", None
-        if config.tie_word_embeddings and "lm_head.weight" in found:  # files may hold either name, or both
-            output = found.pop("lm_head.weight")
-            found.setdefault(embedding, output)
+        # a tied model's file may hold the embedding by either name, or by both
+        output = found.pop("lm_head.weight", None) if config.tie_word_embeddings else None
+        if output:
+            found.setdefault("model.embed_tokens.weight", output)
         check_tensors(found, model.disk_parts(), path)
         model = model.to(dtype).to_empty(device=device)
         for module in model.tables():
             module.weight.data[config.vocab_size:] = 0
         for name, out in model.disk_parts().items():
             out.copy_(read_tensor(found[name]))
-        if output:
-            table = model.disk_parts()[embedding]
-            check_tensors({"lm_head.weight": output}, {"lm_head.weight": table}, path)
-            if not torch.equal(read_tensor(output).to(table), table):
-                raise ValueError(f"{path}: lm_head.weight is not the embedding, to which config.json ties it")
+        table = model.embed_tokens.weight[:config.vocab_size]
+        if output and not torch.equal(read_tensor(output).to(table), table):
+            raise ValueError(f"{path}: lm_head.weight is not the embedding, to which config.json ties it")
         return model
 
     def save_pretrained(self, path):

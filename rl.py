@@ -19,7 +19,7 @@ import torch.nn as nn
 
 from data import extract_answer, is_correct, numbers_equal, parse_number, parse_step, well_formed
 from model import length_mask
-from vae import RL_NOISE, Noise, gaussian_kl, gaussian_logp, generator, masked_mean, precise
+from vae import RL_NOISE, Noise, gaussian_kl, gaussian_logp, generator, precise
 
 
 # --- rewards ---
@@ -122,6 +122,11 @@ class LogProbs(nn.Module):
         logits = precise(policy.logits(h[:, -A:])[..., :config.vocab_size])
         token = logits.log_softmax(dim=-1).gather(-1, rollout.tokens[..., None]).squeeze(-1)
         return Terms(latent, stop, token * written, mu, logvar)
+
+
+def masked_mean(x, mask):
+    """Mean (B,) of x (B, ...) where the mask is set, or 0."""
+    return (x * mask).flatten(1).sum(dim=1) / mask.flatten(1).sum(dim=1).clamp(min=1)
 
 
 def divergence(new, reference, rollout):

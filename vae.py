@@ -101,11 +101,6 @@ def gaussian_kl(mu, logvar):
     return 0.5 * (mu**2 + logvar.exp() - logvar - 1).mean(dim=-1)
 
 
-def masked_mean(x, mask):
-    """Mean (B,) of x (B, ...) where the mask is set, or 0."""
-    return (x * mask).flatten(1).sum(dim=1) / mask.flatten(1).sum(dim=1).clamp(min=1)
-
-
 def generator(*ids):
     """Random numbers, on the CPU, that depend on these numbers alone."""
     seed = np.random.SeedSequence(ids).generate_state(1, np.uint64)[0]
@@ -134,20 +129,18 @@ class Batch(NamedTuple):
     """A micro-batch. Its losses are shares of the global batch's mean: they and their gradients add up.
     Indices are made on the CPU, since a GPU that is asked for them makes the CPU wait."""
 
-    prefix: Padded | None         # (B, S) question and <|start-latent|>; None without latents
-    text: Padded                  # (B, T) <|end-latent|> or, without latents, the question; then the text
-    answer_index: torch.Tensor    # (A,) ascending, in the flattened (B * T): here a token is asked for
-    answer: torch.Tensor          # (A,) that token
-    answer_weights: torch.Tensor  # (A,) 1 / tokens asked for in the global batch
-    example_weight: float         # 1 / examples of the global batch
-    steps: torch.Tensor           # (B,) latent reasoning steps
-    max_steps: int                # their maximum, N
-    stage_steps: int              # most that the curriculum's stage allows: the losses of plans divide by it
-    stops: torch.Tensor           # (B,) bool: the stop head must say stop after the last one
-    decode: Padded                # (P, U) text of all latent reasoning steps, each with <eos>
-    decode_index: torch.Tensor    # (P,) which of the flattened (B * N) they are
-    decode_weights: torch.Tensor  # of each token of `decode`: example_weight / stage_steps
-    noise: torch.Tensor | None    # (B, n, c, d) of the latents, n at least N + 1 or K
+    prefix: Padded | None       # (B, S) question and <|start-latent|>; None without latents
+    text: Padded                # (B, T) <|end-latent|> or, without latents, the question; then the text
+    answer_index: torch.Tensor  # (A,) ascending, in the flattened (B * T): here a token is asked for
+    answer: torch.Tensor        # (A,) that token
+    answer_weight: float        # 1 / tokens asked for in the global batch
+    steps: torch.Tensor         # (B,) latent reasoning steps
+    max_steps: int              # their maximum, N
+    stops: torch.Tensor         # (B,) bool: the stop head must say stop after the last one
+    decode: Padded              # (P, U) text of all latent reasoning steps, each with <eos>
+    decode_index: torch.Tensor  # (P,) which of the flattened (B * N) they are
+    step_weight: float          # 1 / examples of the global batch / steps that the stage allows, as released
+    noise: torch.Tensor | None  # (B, n, c, d) of the latents, n at least N + 1 or K
 
 
 def remaining_text(example, config, stage):
@@ -170,9 +163,9 @@ def collate(examples, config, stage, noise=None, total_examples=None, total_toke
     """A Batch of data.Encoded at a curriculum stage (0: all text). total_*: of the global batch, by default
     this one."""
     steps = [config.latent_steps(e, stage) for e in examples]
+    N = max(steps)
     written = [remaining_text(e, config, stage) for e in examples]
-    N, stage_steps, answer = max(steps), config.stage_steps(stage), sum(written, [])
-    example_weight = 1 / (total_examples or len(examples))
+    stage_steps, answer = config.stage_steps(stage), sum(written, [])
     # the last token is asked for, but nothing is asked for after it
     rows = [([config.end_id] if stage_steps else e.question) + ids[:-1] for e, ids in zip(examples, written)]
     text = Padded.of(rows)
@@ -184,11 +177,11 @@ def collate(examples, config, stage, noise=None, total_examples=None, total_toke
     stops = [n == len(e.steps) and n < stage_steps for n, e in zip(steps, examples)]
     decodes = [(b, k) for b, n in enumerate(steps) for k in range(n) if config.decode]
     words = Padded.of([decoded_text(examples[b], config, k, stage) for b, k in decodes])
-    decode_weights = torch.full(words.index.shape, example_weight / max(1, stage_steps))
+    decode_index = torch.tensor([b * N + k for b, k in decodes], dtype=torch.long)
+    step_weight = 1 / (total_examples or len(examples)) / max(1, stage_steps)
     return Batch(prefix, text, torch.tensor(answer_index), torch.tensor(answer),
-                 torch.full((len(answer),), 1 / (total_tokens or len(answer))), example_weight,
-                 torch.tensor(steps), N, stage_steps, torch.tensor(stops), words,
-                 torch.tensor([b * N + k for b, k in decodes], dtype=torch.long), decode_weights, noise)
+                 1 / (total_tokens or len(answer)), torch.tensor(steps), N, torch.tensor(stops), words,
+                 decode_index, step_weight, noise)
 
 
 # --- rollouts ---
@@ -238,21 +231,20 @@ class Rollout(NamedTuple):
         return Rollout(prefix, len(members), Plan(*cut(self.plan)), *cut(self[3:]))
 
 
-def text_loss(model, h, targets, weights):
-    """sum_i w_i CE(logits of h_i, target_i) of h (M, d), targets and w (M,). Where all logits would be too
-    many for memory, backward makes those of some rows at a time again."""
+def text_loss(model, h, targets):
+    """Sum of CE(logits of h_i, target_i) over h (M, d), targets (M,). Where all logits would be too many for
+    memory, backward makes those of some rows at a time again."""
     vocab, table = model.config.vocab_size, model.output_weight()
     bias = torch.zeros_like(table[:, 0])
     bias[vocab:] = -math.inf  # rows that only pad the table are no tokens: probability 0
 
-    def loss_of(h, targets, weights):
-        loss = F.cross_entropy(precise(F.linear(h, table, bias)), targets, reduction="none")
-        return (loss * weights).sum()
+    def loss_of(h, targets):
+        return F.cross_entropy(precise(F.linear(h, table, bias)), targets, reduction="sum")
 
     rows = max(1, MAX_LOGITS[h.device.type] // vocab)
     if len(h) <= rows:
-        return loss_of(h, targets, weights)
-    parts = zip(h.split(rows), targets.split(rows), weights.split(rows))
+        return loss_of(h, targets)
+    parts = zip(h.split(rows), targets.split(rows))
     return sum(checkpoint(loss_of, *part, use_reentrant=False) for part in parts)
 
 
@@ -371,19 +363,18 @@ class LatentReasoner(nn.Module):
             h, cache = self.read(batch.prefix, N * self.config.thoughts_per_step + widths[1], embeds=prefix)
             plan = self.think(h, cache, N, batch.steps, batch.noise)
             h = policy.step(text, cache, batch.text.mask).flatten(0, 1).index_select(0, batch.answer_index)
-            # sums over the steps that a plan uses, divided by all that the stage allows, as released
-            step_weight = batch.example_weight / batch.stage_steps
             if self.config.stop:
                 stop = ~length_mask(batch.steps, N + 1)
                 logits = self.stop_logits(plan.stop_z).transpose(1, 2)  # (B, 2, N + 1)
                 ce = F.cross_entropy(logits, stop.long(), reduction="none")
-                losses["stop"] = (ce * length_mask(batch.steps + batch.stops, N + 1)).sum() * step_weight
+                asked = length_mask(batch.steps + batch.stops, N + 1)
+                losses["stop"] = (ce * asked).sum() * batch.step_weight
             if plan.logvar is not None:
                 kl = gaussian_kl(plan.mu, plan.logvar).mean(dim=2)  # (B, N)
-                losses["kl"] = (kl * length_mask(batch.steps, N)).sum() * step_weight
+                losses["kl"] = (kl * length_mask(batch.steps, N)).sum() * batch.step_weight
             if self.decoder is not None:
                 losses["decode"] = self.decode_loss(plan.z, batch)
-        losses["answer"] = text_loss(policy, h, batch.answer, batch.answer_weights)
+        losses["answer"] = text_loss(policy, h, batch.answer) * batch.answer_weight
         return losses
 
     def decode_loss(self, z, batch):
@@ -392,7 +383,7 @@ class LatentReasoner(nn.Module):
         inputs = torch.cat((latents, self.decoder.embed_tokens(batch.decode.ids[:, :-1])), dim=1)
         h = self.decoder.read(inputs)[0][:, z.shape[2] - 1:].flatten(0, 1)  # from the last latent on
         h, targets = (t.index_select(0, batch.decode.index) for t in (h, batch.decode.ids.flatten()))
-        return text_loss(self.decoder, h, targets, batch.decode_weights)
+        return text_loss(self.decoder, h, targets) * batch.step_weight
 
     @torch.no_grad()
     def rollout(self, questions, group=1, noise=None, max_tokens=16, temperature=1.0):
