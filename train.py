@@ -566,9 +566,9 @@ def save_or_stop(run, optimizer, total):
 # --- supervised stage (paper, section 3.2) ---
 
 def curriculum(cfg, latent, n):
-    """[(stage, its first step, its last + 1)]: at stage s the first s steps are latent; 0 is text."""
-    epochs = [cfg.cot_epochs, *[cfg.epochs_per_stage] * cfg.max_steps]
-    epochs[-1] += cfg.final_epochs
+    """[(stage, its first step, its last + 1)]. At stage s the first s reasoning steps are latent, up to K, and
+    the others are text; after stage K comes a last one, without the others."""
+    epochs = [cfg.cot_epochs, *[cfg.epochs_per_stage] * cfg.max_steps, cfg.final_epochs]
     epochs = epochs if latent else [sum(epochs)]
     steps = {s: max(1, round(e * n / cfg.batch_size)) for s, e in enumerate(epochs) if e > 0}
     ends = np.cumsum([0, *steps.values()]).tolist()

@@ -94,8 +94,8 @@ def test_a_pretrained_llama_gets_the_released_recipe(llama):
     assert train.PRESETS["pretrained"].items() <= vars(cfg).items()
     # 25 epochs: two for each of ten stages, then five more
     stages = train.curriculum(cfg, True, 256 * 100)
-    assert [stage for stage, _, _ in stages] == list(range(1, 11))
-    assert [end - start for _, start, end in stages] == [200] * 9 + [700]
+    assert [stage for stage, _, _ in stages] == list(range(1, 12))
+    assert [end - start for _, start, end in stages] == [200] * 10 + [500]
     # each is a setting, and nothing of the recipe holds for a model from nothing
     assert train.resolve({"init": str(llama), "lr": 1e-5, "grad_clip": 1.0}).lr == 1e-5
     assert train.resolve({}) == train.Config()

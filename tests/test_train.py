@@ -356,10 +356,10 @@ def test_answer_only_makes_as_many_steps_as_imitation(tmp_path, data, capsys):
 
 def test_curriculum():
     cfg = Config(cot_epochs=2, epochs_per_stage=1, final_epochs=3, batch_size=10, max_steps=3)
-    assert curriculum(cfg, True, 100) == [(0, 0, 20), (1, 20, 30), (2, 30, 40), (3, 40, 80)]
+    assert curriculum(cfg, True, 100) == [(0, 0, 20), (1, 20, 30), (2, 30, 40), (3, 40, 50), (4, 50, 80)]
     assert curriculum(cfg, False, 100) == [(0, 0, 80)]
     cfg.max_iters = 8
-    assert curriculum(cfg, True, 100) == [(0, 0, 2), (1, 2, 3), (2, 3, 4), (3, 4, 8)]
+    assert curriculum(cfg, True, 100) == [(0, 0, 2), (1, 2, 3), (2, 3, 4), (3, 4, 5), (4, 5, 8)]
 
 
 # --- settings ---
