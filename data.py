@@ -1,11 +1,13 @@
 """Questions, answers and tokens: answer check, readers, tokenizer, encoding, downloads.
 
-    python data.py gsm8k svamp [--from DIR]     download these and check their SHA-256 (copy what DIR has)
+    python data.py gsm8k svamp      download these into --data_dir; files that are there are only checked
 """
 import argparse
 import gzip
 import hashlib
 import json
+import math
+import os
 import re
 import sys
 import urllib.request
@@ -27,10 +29,18 @@ class Example:
 
 
 MAX_NUMBER = 64  # characters
+# "1,000", "12.50", "72." or ".5"
 DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
+# a number and nothing else: "-$5", "$-5", "72%."
 NUMBER = re.compile(rf"((?:[-+]?\$?|\$[-+]){DIGITS})%?\.?")
-ANSWER = re.compile(rf"(?:\*\*)?(?:\\boxed\{{)?([-+]?(?:[$€£] ?)?[-+]?{DIGITS})%?[*}}.,;:!?)]*(?!\S)")
-STEP = re.compile(r"<<([^<>=\n]*)=([^<>=\n]*)>>")
+# words that make another number of the one before: "7 1/2", "7 and a half", "3 to 4", "3 or 4", "5 million"
+CHANGE = (r"[ \t]+(?:(?:(?:[-–+*/x×÷^=]|and|over|times|to) *)?[\\$€£(.]*[0-9¼-¾⅐-⅞]|\\d?frac|\\times"
+          r"|or\b|(?:and )?(?:an? |one )?half\b|(?:hundred|thousand|[mbtr]+illion|dozen)\b)")
+# bold or LaTeX may begin; the number with its currency; a unit, the end of bold or LaTeX, punctuation
+ANSWER = re.compile(rf"(?:\*\*|\$|\\boxed\{{)*([-+]?(?:\\?[$€£] ?)?[-+]?{DIGITS})[*$€£%}}\\)\].,;:!?]*"
+                    rf"(?!\S|{CHANGE})", re.IGNORECASE)
+STEP_PATTERN = re.compile(r"<<([^<>=\n]*)=([^<>=\n]*)>>")
+# an operand with what is around it: operator (not before the first), "-(" or "(" each, sign, digits, ")" each
 TERM = re.compile(rf"(?:^|(?!^)(?://|[-+*/x×÷])) ?(?:[-+]? ?\( ?)*([-+]?) ?\$?({DIGITS})%?(?: ?\))* ?")
 
 
@@ -54,10 +64,11 @@ def numbers_equal(a, b):
 
 
 def extract_answer(text):
-    """The number after the last "###" or "####" in plain form, or None: "### $ 72, in total" -> "72"."""
+    """The number after the last "###" or "####" in plain form: "### $ 72, in total" -> "72". None where there
+    is none, or where the words after it change it: "### 5 million"."""
     _, marker, rest = text.rpartition("###")
     match = ANSWER.match(rest.lstrip()[:2 * MAX_NUMBER].replace("−", "-")) if marker else None
-    number = parse_number(re.sub("[$€£ ]", "", match[1])) if match else None
+    number = parse_number(re.sub(r"[\\$€£ ]", "", match[1])) if match else None
     return None if number is None else format_number(number)
 
 
@@ -76,16 +87,17 @@ def well_formed(text):
 def parse_step(text):
     """"<<48/2=24>>" -> ([48, 2], 24), or None. Several brackets give all operands and the last result."""
     text = " ".join(text.replace("−", "-").split())
-    if STEP.sub("", text).strip():
-        return None
+    if STEP_PATTERN.sub("", text).strip():
+        return None  # there is text outside the brackets
     operands, result = [], None
-    for expression, last in STEP.findall(text):
-        result, depth, end = parse_number(last), 0, 0
-        while depth >= 0 and (term := TERM.match(expression, end)):
-            depth += term[0].count("(") - term[0].count(")")
+    for expression, last in STEP_PATTERN.findall(text):
+        result, open_brackets, end = parse_number(last), 0, 0
+        while open_brackets >= 0 and (term := TERM.match(expression, end)):
+            open_brackets += term[0].count("(") - term[0].count(")")
             operands.append(parse_number(term[1] + term[2]))
             end = term.end()
-        if depth or not end or end < len(expression) or result is None or None in operands:
+        whole = end == len(expression) > 0 and not open_brackets
+        if not whole or result is None or None in operands:
             return None
     return None if result is None else (operands, result)
 
@@ -103,70 +115,97 @@ FORMS = [  # keys of an item; the last is the answer
     ("question", "answer"),  # GSM8K; with "steps" Coconut, ATP-Latent; with "cot" GSM8K-Aug on hubs
     ("problem", "answer"), ("input", "target"),  # the latter: PAL's GSM-Hard and MultiArith
     ("Body", "Question", "Equation", "Answer")]  # SVAMP
-_json = json.JSONDecoder(parse_float=Decimal).decode
+decode_json = json.JSONDecoder(parse_float=Decimal).decode  # numbers stay exact
 
 
 def load(name, split, data_dir="data"):
     """The examples of one split ("train", "valid", "test") of a dataset, or of a user's file: "test" is all
     of it, "valid" the last 5 % (1 to HELD_OUT), "train" the rest."""
-    files = {s: [ASSETS / f"{name}_{s}.txt.gz"] for s in BUILTIN.get(name, ())}
-    files = files or DATASETS.get(name, {"train": [name], "test": [name]})
+    if name in BUILTIN:
+        files = {s: ASSETS / f"{name}_{s}.txt.gz" for s in BUILTIN[name]}
+    elif name in DATASETS:
+        files = {s: Path(data_dir, file).expanduser() for s, (file, *_) in DATASETS[name].items()}
+    else:
+        files = dict.fromkeys(("train", "test"), Path(name).expanduser())
     source = "train" if split == "valid" and "valid" not in files else split
     if source not in files:
         raise ValueError(f"{name} has no split '{split}'")
-    path = Path(data_dir if name in DATASETS else "", files[source][0])
-    if not path.is_file():
-        raise FileNotFoundError(f"no dataset and no file '{path}'; run `python data.py {name} --data_dir "
-                                f"{data_dir}` for a dataset: {', '.join(DATASETS)}")
-    examples = read_file(path, skip_bad=name == "gsm8k_aug" and split == "train")
+    if not files[source].is_file():
+        raise FileNotFoundError(f"no dataset and no file '{files[source]}'; run `python data.py {name} "
+                                f"--data_dir {data_dir}` for a dataset: {', '.join(DATASETS)}")
+    examples = read_file(files[source])
     if split == "test" or "valid" in files:
         return examples
     held_out = HELD_OUT if name in DATASETS else max(1, min(HELD_OUT, len(examples) // 20))
     return examples[-held_out:] if split == "valid" else examples[:-held_out]
 
 
-def read_file(path, skip_bad=False):
-    """The examples of a JSON array or of lines, packed if built in. Errors are "file:line: what is wrong"."""
-    examples, unpack = [], gzip.open if path.resolve().parent == ASSETS.resolve() else open
-    with unpack(path, "rt", encoding="utf-8-sig", errors="surrogateescape") as file:
-        try:
-            text = file.read()  # with \n for \r\n and \r
-            items = _json(text) if text.lstrip().startswith("[") else text.split("\n")
-        except Exception as error:
-            raise ValueError(f"{path}: broken ({error})") from None
+def read_file(path):
+    """The examples of a JSON array or of lines, packed if built in. Items whose answer is no number are left
+    out, with one note. Any other fault is a ValueError "file:line: what is wrong"."""
+    try:
+        items = split_items(read_text(path))
+    except Exception as error:
+        raise ValueError(f"{path}: broken ({error})") from None
+    examples, left_out = [], []
     for number, item in enumerate(items, 1):
-        if isinstance(item, str) and not item.strip():
-            continue
         try:
-            examples.append(Example(*parse(item), f"{path.name.removesuffix('.gz')}:{number}"))
+            if not isinstance(item, str) or item.strip():
+                example = Example(*parse_item(item), f"{path.name.removesuffix('.gz')}:{number}")
+                (left_out if example.answer is None else examples).append(example)
         except Exception as error:
-            if not skip_bad:
-                raise ValueError(f"{path}:{number}: {error}") from None
-            print(f"note: left out {path}:{number}: {error}", file=sys.stderr)
+            raise ValueError(f"{path}:{number}: {error}") from None
     if not examples:
-        raise ValueError(f"{path} is empty")
+        raise ValueError(f"{path} is empty, or no item's answer is a number")
+    if left_out:
+        print(f"note: {path}: {len(left_out)} of {len(left_out + examples)} items are left out, as their "
+              f"answers are no numbers; the first is {left_out[0].id}", file=sys.stderr)
     return examples
 
 
-def parse(item):
-    """A line (JSON, or "question||<<48/2=24>> #### 24") or a dict of FORMS -> (question, steps, answer)."""
-    if isinstance(item, str):
-        question, _, answer = item.rpartition("||")
-        item = _json(item) if item.lstrip().startswith("{") else {"question": question, "answer": answer}
+def read_text(path):
+    """A file's text, with \\n as line end. ValueError: it is what Git LFS leaves in place of a file."""
+    unpack = gzip.open if path.resolve().parent == ASSETS.resolve() and path.suffix == ".gz" else open
+    with unpack(path, "rt", encoding="utf-8-sig", errors="surrogateescape") as file:
+        text = file.read()
+    if text.startswith("version https://git-lfs"):
+        raise ValueError("it is a Git LFS pointer; `git lfs pull` fetches the file")
+    return text
+
+
+def split_items(text):
+    """The items of a JSON array, or the lines of a text."""
+    if text.lstrip().startswith("["):
+        try:
+            return decode_json(text)
+        except Exception:
+            if "||" not in text.lstrip().split("\n")[0]:  # else it is a question: "[Hard] How many?||..."
+                raise
+    return text.split("\n")
+
+
+def parse_item(item):
+    """A line (JSON, or "question||<<48/2=24>> #### 24") or a dict of FORMS -> (question, steps, answer).
+    The answer is None where it is no number."""
+    if isinstance(item, str) and item.lstrip().startswith("{"):
+        item = decode_json(item)
+    elif isinstance(item, str) and "||" in item:
+        item = dict(zip(("question", "answer"), item.rsplit("||", 1)))
     keys = next((form for form in FORMS if isinstance(item, dict) and item.keys() >= set(form)), None)
     if keys is None:
         raise ValueError(f"neither 'question||<<..>> #### answer' nor an object with keys as {FORMS}")
     question, answer = item[keys[0]].strip(), item[keys[-1]]
+    if not question:
+        raise ValueError("no question")
     if isinstance(answer, Decimal) and abs(answer.adjusted()) < MAX_NUMBER:
         answer = format(answer, "f")  # no exponent; "1e999999999" would fill the memory
     text, _, answer = str(answer).rpartition("####")
     number = parse_number(answer)
-    if number is None or not question:
-        raise ValueError(f"no question, or its answer {answer!r:.40} is no number")
-    answer, solution = format_number(number), item.get("steps") or item.get("cot") or text
-    if keys[0] == "Body":  # as in PAL's copy
-        question += ("" if question[-1] in ".?!" else ".") + " " + item["Question"].strip()
-        solution = "<<" + re.sub(r"\.0+(?![0-9])|\s+", "", item["Equation"]) + f"={answer}>>"
+    answer = None if number is None else format_number(number)
+    solution = item.get("steps") or item.get("cot") or text
+    if keys[0] == "Body":  # SVAMP: joined as in the released code
+        question += " " + item["Question"].strip()
+        solution = "<<" + re.sub(r"\.0+(?![0-9])|\s+", "", item["Equation"]) + f"={answer}>>"  # 8.0 -> 8
     if isinstance(solution, list):
         solution = " ".join(solution)  # Coconut's files cut "<<5 * 3=15>>" at its blanks
     steps = re.findall(r"<<[^<>\n]*>>", solution)
@@ -181,61 +220,80 @@ GPT2_PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(
 DIGITS_PATTERN = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
 EOS_NAMES = ("<|end_of_text|>", "<|im_end|>", "<|endoftext|>", "<eos>")
 MAX_TEXT = 250_000  # characters; millions of blanks overflow the stack of tiktoken's regex engine
-MAX_ID = 2**24
+MAX_WORD = 1_000  # bytes
+# fields of tokenizer.json that are handled or change no ids; any other must be empty
+HANDLED = {"version", "model", "type", "vocab", "merges", "ignore_merges", "fuse_unk", "added_tokens", "id",
+           "content", "special", "normalized", "pre_tokenizer", "post_processor", "decoder"}
+LACKING = 2**30  # ids from here on stand for bytes that a vocabulary lacks
 # tokenizer.json writes a printable byte as that character, the others as those from 256 on (GPT-2's table)
-CHAR_TO_BYTE = dict(enumerate((b for b in range(256) if not chr(b).isprintable() or b == ord(" ")), 256))
+PRINTABLE = [b for b in range(256) if chr(b).isprintable() and b != ord(" ")]
+CHAR_TO_BYTE = {b: b for b in PRINTABLE} | dict(enumerate(sorted({*range(256)} - {*PRINTABLE}), 256))
 
 
 class Tokenizer:
-    """Byte-level BPE by tiktoken, whose ranks are the ids of `file`, the content of a tokenizer.json.
-    special: {name: id}; vocab_size: highest id + 1; bos_id, eos_id: int or None."""
+    """Byte-level BPE by tiktoken with the ids that Hugging Face's library gives for `file`, the content of a
+    tokenizer.json; what would change them is refused by name. special: {name: id} of added tokens;
+    vocab_size: number of ids; bos_id, eos_id: int or None."""
 
     def __init__(self, file):
-        self.file, vocab, merges = file, file["model"]["vocab"], file["model"]["merges"]
-        self.special = {token["content"]: token["id"] for token in file["added_tokens"]}
-        ids = sorted((vocab | self.special).values())
-        if {*map(type, ids)} != {int} or ids != sorted({*ids}) or not 0 <= ids[0] <= ids[-1] < MAX_ID:
-            raise ValueError("ids are doubled, or no integers below 2**24")
-        tokens = {name.translate(CHAR_TO_BYTE).encode("latin-1"): id for name, id in vocab.items()
-                  if name not in self.special}
+        self.file, model, added = file, file["model"], file["added_tokens"]
+        ids = dict(model["vocab"])
+        for token in added:  # they count on from the vocabulary
+            if ids.setdefault(token["content"], len(ids)) != token["id"]:
+                raise ValueError(f"added_tokens: {token['content']!r:.40} has not the next free id")
+        if {*map(type, ids.values())} != {int} or sorted(ids.values()) != [*range(len(ids))] or "" in ids:
+            raise ValueError("the ids of model.vocab and added_tokens are not 0, 1, 2, ..., or one is empty")
+        self.vocab_size, self.special = len(ids), {token["content"]: token["id"] for token in added}
+        plain = [token for token in added if not token.get("special")]
+        _check_fields(file, plain)
+        names = sorted((re.escape(token["content"]) for token in plain), key=len, reverse=True)
+        self._plain = re.compile(f"({'|'.join(names) or '(?!)'})")  # found in text, the longest first
+        words = {word: id for word, id in model["vocab"].items() if word not in self.special}
+        _check_words(words, model)
+        tokens = {word.translate(CHAR_TO_BYTE).encode("latin-1"): id for word, id in words.items()}
         self._bytes = {id: token for token, id in tokens.items()}
         self._bytes |= {id: name.encode() for name, id in self.special.items()}
-        made = [vocab[a + b] for a, b in (m.split(" ") if isinstance(m, str) else m for m in merges)]
-        if made != sorted(made):  # Hugging Face merges in their order, tiktoken by id
-            raise ValueError("merges whose ids do not ascend are not supported")
-        if file.get("normalizer") and file["normalizer"].get("normalizers") != []:
-            raise ValueError("a normalizer is not supported")
         # tiktoken needs every byte; encode_ordinary drops those that the vocabulary lacks
-        ranks = {bytes([b]): MAX_ID + b for b in range(256)} | tokens
+        ranks = {bytes([b]): LACKING + b for b in range(256)} | tokens
         pattern = _pattern(file["pre_tokenizer"])
         self._bpe = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-        self.vocab_size = ids[-1] + 1
-        self.bos_id = self.special.get("<|begin_of_text|>")
+        self.bos_id, *more = _begin(file) or [None]
+        if more or self.bos_id not in {None, *self.special.values()}:
+            raise ValueError("post_processor: what it puts before a text is not one special token")
         self.eos_id = next((self.special[name] for name in EOS_NAMES if name in self.special), None)
 
     @classmethod
     def from_pretrained(cls, directory):
-        """eos is tokenizer_config.json's, else the first of config.json, else one of EOS_NAMES."""
+        """bos begins a text if the post_processor says so, or add_bos_token where it says nothing. eos is
+        tokenizer_config.json's, else the first of config.json, else one of EOS_NAMES. Other special tokens
+        are dropped if the weights have no row for them."""
         path = Path(directory, "tokenizer.json")
         if not path.is_file():
             raise FileNotFoundError(f"{directory} has no tokenizer.json (a model's folder on a hub has one)")
         try:
-            self = cls(json.loads(path.read_bytes()))
+            file = json.loads(read_text(path))
+            added = {token["content"]: token for token in file["added_tokens"]}
             path = path.with_name("tokenizer_config.json")
-            stated = json.loads(path.read_bytes()) if path.is_file() else {}
-            for key in ("bos_token", "eos_token"):
-                if name := stated.get(key):
-                    name = name["content"] if isinstance(name, dict) else name
-                    setattr(self, key.replace("token", "id"), self.special[name])
+            stated = json.loads(read_text(path)) if path.is_file() else {}
+            names = [stated.get("bos_token"), stated.get("eos_token")]  # a name, or an object with it
+            bos, eos = (added[n["content"] if isinstance(n, dict) else n] if n else None for n in names)
             path = path.with_name("config.json")
-            config = json.loads(path.read_bytes()) if path.is_file() else {}
-            rows, ends = config.get("vocab_size", MAX_ID), config.get("eos_token_id")
+            config = json.loads(read_text(path)) if path.is_file() else {}
+            rows, end = config.get("vocab_size", LACKING), config.get("eos_token_id")
+            if not eos and end is not None:
+                by_id = {token["id"]: token for token in added.values()}
+                eos = by_id[end[0] if isinstance(end, list) else end]
+            path = path.with_name("tokenizer.json")
+            for token in filter(None, (bos, eos)):
+                token["special"] = True  # so that data cannot inject it
+            file["added_tokens"] = [token for token in added.values() if token["id"] < rows
+                                    or token in (bos, eos) or not token.get("special")]
+            self = cls(file)
             if self.vocab_size > rows:
                 raise ValueError(f"its tokenizer has {self.vocab_size} ids, its weights have rows for {rows}")
-            if ends is not None and not stated.get("eos_token"):
-                self.eos_id = ends[0] if isinstance(ends, list) else ends
-                if self.eos_id not in self.special.values():
-                    raise ValueError(f"eos_token_id {self.eos_id} is no special token")
+            if bos and stated.get("add_bos_token") and _begin(file) is None:
+                self.bos_id = bos["id"]
+            self.eos_id = eos["id"] if eos else self.eos_id
         except Exception as error:
             raise ValueError(f"{path} is broken or not supported: {error!r:.300}") from None
         return self
@@ -243,16 +301,19 @@ class Tokenizer:
     def save_pretrained(self, directory):
         """Write tokenizer.json and tokenizer_config.json, for transformers as well."""
         names = {id: name for name, id in self.special.items()}
-        stated = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": names.get(self.bos_id),
-                  "eos_token": names.get(self.eos_id)}
+        stated = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": self.bos_id is not None,
+                  "bos_token": names.get(self.bos_id), "eos_token": names.get(self.eos_id)}
         Path(directory).mkdir(parents=True, exist_ok=True)
         Path(directory, "tokenizer.json").write_text(json.dumps(self.file))
         Path(directory, "tokenizer_config.json").write_text(json.dumps(stated))
 
     def encode_ordinary(self, text):
         """Text -> ids, never a special token's: data cannot inject one."""
+        ids = []
         try:
-            return [id for id in self._bpe.encode_ordinary(text) if id < MAX_ID]
+            for i, part in enumerate(self._plain.split(text)):  # text, token, text, ...
+                ids += [self.special[part]] if i % 2 else self._bpe.encode_ordinary(part)
+            return [id for id in ids if id < LACKING]
         except (Exception, KeyboardInterrupt):
             raise
         except BaseException:  # a panic of Rust's at a bad pattern
@@ -280,6 +341,39 @@ class Tokenizer:
         return [self.special[name] for name in names]
 
 
+def _check_fields(file, plain):
+    """ValueError for a field that might change ids. plain: the added tokens that are not special."""
+    for name, value in (item for part in (file, file["model"], *plain) for item in part.items()):
+        if value and name not in HANDLED and value != {"type": "Sequence", "normalizers": []}:
+            raise ValueError(f"{name} ({value!r:.60}) is not supported")
+    if len({token.get("normalized") for token in plain}) > 1:
+        raise ValueError("added_tokens of which some are normalized are not supported")
+
+
+def _check_words(words, model):
+    """Hugging Face merges listed pairs in their order, tiktoken any two neighbours that make a word, by id.
+    They agree if each word, merged from its bytes, ends in a listed pair. With ignore_merges, words that no
+    merging reaches are found by both where text is cut to exactly these."""
+    odd = {*map(ord, "".join(words))} - CHAR_TO_BYTE.keys()
+    if odd or max(map(len, words)) > MAX_WORD:
+        raise ValueError(f"model.vocab: {[*map(chr, odd)][:1]} is not of ByteLevel, or a word is too long")
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    made = [words[a + b] for a, b in pairs]
+    if made != sorted(made):
+        raise ValueError("model.merges whose ids do not ascend are not supported")
+    pairs = {*map(tuple, pairs)}
+    for word in words:
+        parts = [*word]
+        while len(parts) > 2:
+            id, i = min((words.get(parts[i] + parts[i + 1], LACKING), i) for i in range(len(parts) - 1))
+            if id == LACKING:
+                break
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        unreached = len(parts) > 2 and model.get("ignore_merges")
+        if len(parts) > 1 and tuple(parts) not in pairs and not unreached:
+            raise ValueError(f"model.merges do not make {word!r:.40} of model.vocab")
+
+
 def _pattern(pre):
     """The one regex that cuts text as the pre-tokenizers of a tokenizer.json do one after another."""
     parts = pre.get("pretokenizers", [pre])
@@ -290,8 +384,22 @@ def _pattern(pre):
     if kind == ["Digits", True, "ByteLevel", False, True]:
         return DIGITS_PATTERN
     if kind == ["Split", "Isolated", "ByteLevel", False, False]:
-        return parts[0]["pattern"]["Regex"] + r"|(?s:.)"  # tiktoken drops what no alternative matches
+        pattern = parts[0]["pattern"]["Regex"]
+        return rf"{pattern}|(?:(?!{pattern})(?s:.))+"  # tiktoken drops what no alternative matches
     raise ValueError(f"pre_tokenizer {kind} is not supported")
+
+
+def _begin(file):
+    """The ids that a post_processor puts before a text; None where it has no template, which would tell."""
+    post, found = file.get("post_processor") or {"type": "ByteLevel"}, None
+    for part in post.get("processors", [post]):
+        if part["type"] not in ("TemplateProcessing", "ByteLevel"):  # the latter moves offsets only
+            raise ValueError(f"post_processor {part['type']!r:.40} is not supported")
+        if part["type"] == "TemplateProcessing":
+            before = part["single"][:["Sequence" in item for item in part["single"]].index(True)]
+            names = [item["SpecialToken"]["id"] for item in before]
+            found = [id for name in names for id in part["special_tokens"][name]["ids"]] + (found or [])
+    return found
 
 
 # --- encoding ---
@@ -306,7 +414,8 @@ class Encoded:
     example: Example
 
     def __len__(self):
-        return len(self.question) + sum(map(len, self.steps))
+        """All ids, those of the answer included."""
+        return len(self.question) + sum(map(len, self.steps)) + len(self.answer)
 
 
 def encode_example(example, tokenizer):
@@ -322,7 +431,7 @@ def encode_all(examples, tokenizer, max_len):
     """Encode those of at most max_len ids, start and end of latents included -> (encoded, number skipped)."""
     encoded = (encode_example(e, tokenizer) for e in examples
                if len(e.question) + sum(map(len, e.steps)) < MAX_TEXT)
-    kept = [item for item in encoded if len(item) + len(item.answer) + 2 <= max_len]
+    kept = [item for item in encoded if len(item) + 2 <= max_len]
     return kept, len(examples) - len(kept)
 
 
@@ -331,19 +440,17 @@ def encode_all(examples, tokenizer, max_len):
 TIMEOUT = 30  # seconds without a byte
 
 
-def download(file, digest, address, data_dir, source_dir=None):
-    """Put a file into data_dir, from source_dir where that has it, unless it is there. Returns its path."""
+def download(file, digest, address, data_dir):
+    """Put a file into data_dir unless it is there. Returns its path."""
     path, part = Path(data_dir, file), Path(data_dir, file + ".part")
     if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == digest:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    if source_dir and Path(source_dir, file).is_file():
-        address = Path(source_dir, file).resolve().as_uri()
     try:
         with urllib.request.urlopen(address, timeout=TIMEOUT) as response:
             content = response.read()
     except Exception as error:
-        raise ConnectionError(f"{address}: {error}; run again, or use --from DIR") from None
+        raise ConnectionError(f"{address}: {error}; run again, or copy {file} into {data_dir}") from None
     if hashlib.sha256(content).hexdigest() != digest:
         raise ValueError(f"{address} is not the published {file}, whose SHA-256 is {digest}")
     part.write_bytes(content)
@@ -351,16 +458,22 @@ def download(file, digest, address, data_dir, source_dir=None):
 
 
 class Parser(argparse.ArgumentParser):
-    """Bad usage is one line and exit status 2."""
+    """Bad usage is one line and exit status 2. Flags are never abbreviated."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message):
         self.exit(2, f"error: {message} (see --help)\n")
 
 
 def cli(main):
-    """Run main(). An error is one line, its exit status 2 if the user can mend it, else 1; 130: Ctrl-C."""
+    """Run main(). An error is one line, its exit status 2 if the user can mend it, else 1; 130: Ctrl-C; 141:
+    nobody reads the output any more, as in `| head -1`."""
     try:
         sys.exit(main())
+    except BrokenPipeError:
+        sys.exit(141)
     except (ValueError, OSError, FloatingPointError) as error:
         # one write, or the lines of several processes could mix
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
@@ -368,17 +481,22 @@ def cli(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        try:
+            print(end="", flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would complain at its end
+            sys.exit(141)
 
 
 def main():
     parser = Parser(description="Download datasets and check their SHA-256.")
     parser.add_argument("names", nargs="+", choices=["all", *DATASETS])
-    parser.add_argument("--from", dest="source_dir", metavar="DIR", help="copy the files that DIR has")
-    parser.add_argument("--data_dir", default="data", help="where the files go (default: data)")
+    parser.add_argument("--data_dir", default="data", type=os.path.expanduser, help="default: data")
     args = parser.parse_args()
     for name in DATASETS if "all" in args.names else args.names:
         for source in DATASETS[name].values():
-            print(f"{download(*source, args.data_dir, args.source_dir)}: ok")
+            print(f"{download(*source, args.data_dir)}: ok")
 
 
 if __name__ == "__main__":

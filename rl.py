@@ -231,7 +231,7 @@ def update(run, ddp, reference, optimizer, rollout, advantages):
                         loss, stats["kl"] = loss + cfg.kl_coef * kl / cfg.minibatch, kl.detach()
                 (loss * run.world).backward()  # DDP takes the mean; the losses are shares of a sum
             sums = {k: sums.get(k, 0) + v for k, v in stats.items()}
-        norms.append(run.clip_gradients(optimizer, cfg.rl_clip))
+        norms.append(run.clip_gradients(optimizer, cfg.rl_grad_clip))
         optimizer.step()
         optimizer.zero_grad()
     sums, found = run.mean(sums), {"grad_norm": float(np.mean(norms))}
@@ -252,7 +252,7 @@ def split(run, rollout, advantages, all_groups):
     members = cfg.minibatch // cfg.questions_per_step  # rollouts of a question in a minibatch
     # DDP needs a question on each process
     questions = [q for q, row in enumerate(advantages.tolist()) if all_groups or any(row)] or [0]
-    count = -(-len(questions) * members // max(cfg.micro_batch or cfg.minibatch, members))
+    count = -(-len(questions) * members // max(cfg.micro_batch, members))
     parts, advantages = np.array_split(questions, count), advantages.to(run.device)
     return [[(rollout.select(part, range(g, g + members)), advantages[part, g:g + members].flatten())
              for part in parts] for g in range(0, G, members)]

@@ -1,17 +1,18 @@
 """Train ATP-Latent and its baselines.
 
     python train.py                                        small model, built-in task, from nothing, on a CPU:
-                                                           answer-only, vae, rl and their evaluation
+                                                           answer-only, supervised, RL, and their evaluation
     python train.py --stage vae --init DIR --data gsm8k    one stage, from a Hugging Face LLaMA
     torchrun --nproc_per_node=8 train.py --stage vae ...   the same numbers, faster
-    python train.py --stage rl                             from the checkpoint that vae left in out/vae
+    python train.py --stage rl                             from the run that --stage vae left in out/vae
 
---no-std_norm, --no-... turn off a switch that a case has on.
+A run's folder in --out_dir has the name of what it trains: vae (atp), simcot, coconut, cot, nocot; rl (atp),
+simcot_rl, ... --no-std_norm, --no-... turn off a switch that a preset turns on.
 """
 
 import argparse
 import ctypes
-import fcntl
+import errno
 import gc
 import json
 import math
@@ -20,6 +21,7 @@ import shutil
 import signal
 import sys
 import time
+import zlib
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
@@ -33,103 +35,103 @@ from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-import eval as evaluation
 from data import ASSETS, BUILTIN, DATASETS, TEST_SETS, Parser, Tokenizer, cli, encode_all, load
+from eval import STEP_FOLDER, evaluate, evaluate_runs, find_checkpoint, read_state
 from model import LLaMA, LLaMAConfig, check_tensors, save_tensors, tensor_headers, write_json
 from rl import LogProbs, rl_step
-from vae import (END, METHODS, RL_ORDER, SFT_NOISE, START, STEP, WEIGHTS, LatentConfig, LatentReasoner,
-                 collate, device_of, find_checkpoint, generator, read_state, remaining_text, to_device)
+from vae import (END, METHODS, PARTS, RL_ORDER, SFT_NOISE, START, WEIGHTS, LatentConfig, LatentReasoner,
+                 collate, device_of, generator, remaining_text, to_device)
+
+try:
+    import fcntl
+except ImportError:
+    raise SystemExit("error: train.py runs on Linux and macOS; this Python has no fcntl") from None
 
 
 # --- settings ---
 
-def flag(default, note="", **more):
-    """A field of Config and its note in --help, else its choices. default: or all choices, the default first.
-    more: least; chain, pretrained: the default there; own: not taken over from --init's checkpoint; free: a
-    resumed run may change it."""
-    choices = default if isinstance(default, tuple) else None
-    more |= dict(note=note or ", ".join(choices), choices=choices)
-    return field(default=choices[0] if choices else default, metadata=more)
+def flag(default, note, choices=None, least=0):
+    """A field of Config, its text in --help, its choices or its smallest number."""
+    return field(default=default, metadata=dict(note=note, choices=choices, least=least))
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 AUTO = ("auto", "yes", "no")
-RUN = dict(own=True, free=True)
 
 
 @dataclass
 class Config:
-    stage: str = flag(("all", "cot", "vae", "rl"), "all (vae, rl, evaluation), cot, vae, rl", **RUN)
-    method: str = flag(tuple(METHODS))
-    init: str = flag("", "Hugging Face LLaMA, or checkpoint or run of ours (rl: out_dir/vae)", **RUN)
-    data: str = flag("builtin", "builtin, chain, gsm8k, gsm8k_aug, or a file", pretrained="gsm8k_aug")
+    stage: str = flag("all", "all (vae, rl, evaluation), cot, vae, rl", ("all", "cot", "vae", "rl"))
+    method: str = flag("atp", ", ".join(METHODS), METHODS)
+    preset: str = flag("builtin", "defaults, as --data or --init ask", ("builtin", "chain", "pretrained"))
+    init: str = flag("", "Hugging Face LLaMA, or run or checkpoint of ours (rl: of --method)")
+    data: str = flag("builtin", "builtin, chain, gsm8k, gsm8k_aug, or a file")
     data_dir: str = flag("data", "folder of the published files")
-    annotated: int = flag(4000, "so many questions show their steps (0: all; other data: 0)", pretrained=0)
-    out_dir: str = flag("out", "runs go to out_dir/vae, out_dir/rl, ...", **RUN)
-    resume: bool = flag(False, "go on from the newest checkpoint of the same run", **RUN)
-    seed: int = flag(0, "of weights, data order and samples", own=True)
-    baseline: int = flag(1200, "stage all: steps of an answer-only model", chain=5000, pretrained=0, **RUN)
+    annotated: int = flag(4000, "so many questions show steps (0: all; other data: 0)")
+    out_dir: str = flag("out", "folder of the runs")
+    resume: bool = flag(False, "go on from the newest checkpoint of the same run")
+    seed: int = flag(0, "of weights, data order and samples")
+    baseline: int = flag(1200, "stage all: optimizer steps of an answer-only model")
     hidden_size: int = flag(96, "d", least=1)
     layers: int = flag(4, "transformer blocks", least=1)
     heads: int = flag(4, "attention heads", least=1)
     intermediate_size: int = flag(256, "width of the SwiGLU", least=1)
-    context: int = flag(256, "longest sequence; longer examples are left out", least=1, pretrained=512)
-    thoughts_per_step: int = flag(1, "c: latents a reasoning step", least=1, pretrained=2)
-    max_steps: int = flag(6, "K: latent steps (pretrained simcot, coconut: 3)", least=1, pretrained=10)
-    vae: str = flag(AUTO, "sample latents, with a KL term (auto: as the method says)")
-    stop: str = flag(AUTO, "stop head")
-    decode: str = flag(AUTO, "decoder and its loss")
-    batch_size: int = flag(32, "examples an optimizer step, over all processes", least=1, pretrained=256)
-    micro_batch: int = flag(128, "rows of one pass (SFT, 0: as many as fit)", free=True, pretrained=0)
-    cot_epochs: float = flag(12.0, "stage 0: text chain of thought", chain=1.2, pretrained=0.0)
-    epochs_per_stage: float = flag(1.2, "each further stage", chain=0.1, pretrained=2.0)
-    final_epochs: float = flag(9.6, "further epochs, all steps latent", chain=2.2, pretrained=5.0)
-    max_iters: int = flag(0, "scale the curriculum to so many steps (rl: cut)", own=True)
-    cot_lr: float = flag(2e-3, "peak learning rate of stage 0", pretrained=1e-4)
-    lr: float = flag(1.5e-3, "peak learning rate of the latent stages", pretrained=1e-4)
-    min_lr: float = flag(0.02, "the cosine ends at this share of the peak (1: constant)", pretrained=1.0)
-    warmup: int = flag(50, "steps of linear warm-up of each new optimizer", pretrained=0)
-    weight_decay: float = flag(0.4, "AdamW", pretrained=0.01)
-    decay_all: bool = flag(False, "decay norms and biases too", pretrained=True)
-    beta2: float = flag(0.98, "AdamW", pretrained=0.999)
-    clip: float = flag(1.0, "gradient norm (0: not clipped)", pretrained=0.0)
+    context: int = flag(256, "longest sequence; longer examples are left out", least=1)
+    thoughts_per_step: int = flag(1, "c: latents of a reasoning step", least=1)
+    max_steps: int = flag(6, "K: latent reasoning steps (pretrained simcot, coconut: 3)", least=1)
+    vae: str = flag("auto", "sample latents, with a KL term (auto: as the method says)", AUTO)
+    stop: str = flag("auto", "stop head", AUTO)
+    decode: str = flag("auto", "decoder and its loss", AUTO)
+    batch_size: int = flag(32, "examples of an optimizer step, on all processes", least=1)
+    micro_batch: int = flag(128, "most rows of one pass", least=1)
+    cot_epochs: float = flag(12.0, "stage 0: text chain of thought")
+    epochs_per_stage: float = flag(1.2, "each further stage (pretrained simcot, coconut: 3)")
+    final_epochs: float = flag(9.6, "further epochs, all steps latent (these: 16)")
+    max_iters: int = flag(0, "scale the curriculum to so many optimizer steps (rl: cut)")
+    cot_lr: float = flag(2e-3, "peak learning rate of stage 0")
+    lr: float = flag(1.5e-3, "peak learning rate of the latent stages")
+    min_lr: float = flag(0.02, "the cosine ends at this share of the peak (1: constant)")
+    warmup: int = flag(50, "optimizer steps of warm-up, in each stage")
+    weight_decay: float = flag(0.4, "AdamW")
+    decay_all: bool = flag(False, "decay norms and biases too")
+    beta2: float = flag(0.98, "AdamW")
+    grad_clip: float = flag(1.0, "of the gradient norm (0: none)")
     beta_kl: float = flag(1e-3, "weight of the KL term")
     decode_coef: float = flag(1.0, "weight of the decoder loss (1: the paper's sum over tokens)")
-    rl_lr: float = flag(2e-4, "peak learning rate", pretrained=1e-6)
-    rl_min_lr: float = flag(0.0, "as --min_lr", pretrained=1.0)
-    rl_warmup: int = flag(10, "as --warmup", pretrained=0)
-    rl_clip: float = flag(1.0, "as --clip")
-    rl_iters: int = flag(280, "batches of questions (0: one epoch)", pretrained=0)
-    questions_per_step: int = flag(64, "over all processes", least=1, pretrained=16)
-    group: int = flag(8, "rollouts a question", least=2)
-    minibatch: int = flag(512, "rollouts an optimizer step, over all processes", least=1, pretrained=16)
+    rl_lr: float = flag(2e-4, "peak learning rate")
+    rl_min_lr: float = flag(0.0, "as --min_lr")
+    rl_warmup: int = flag(10, "batches of warm-up")
+    rl_grad_clip: float = flag(1.0, "as --grad_clip")
+    rl_iters: int = flag(280, "batches of questions (0: one epoch)")
+    questions_per_step: int = flag(64, "questions of a batch, on all processes", least=1)
+    group: int = flag(8, "rollouts of a question", least=2)
+    minibatch: int = flag(512, "rollouts of an optimizer step, on all processes", least=1)
     w_acc: float = flag(1.0, "reward of a right answer (0: coherence only, no labels)")
     w_fmt: float = flag(0.5, "reward of a well-formed answer")
     w_coh: float = flag(0.1, "reward of coherence")
     ratio_clip: float = flag(0.2, "PPO")
-    std_norm: bool = flag(False, "divide advantages by the group's deviation", pretrained=True)
-    latent_grad: str = flag(("path", "score"), pretrained="score")
+    std_norm: bool = flag(False, "divide advantages by the group's deviation")
+    latent_grad: str = flag("path", "path, score", ("path", "score"))
     latent_coef: float = flag(1.0, "weight of the terms of latents and stops")
     latent_mean: bool = flag(False, "score: density averaged, not summed, over d")
     kl_coef: float = flag(0.0, "weight of the KL from the policy that RL began with")
     max_answer: int = flag(16, "most answer tokens of a rollout", least=1)
-    eval_every: int = flag(250, "steps between validations (0: only at the end)", pretrained=1000)
+    eval_every: int = flag(250, "steps between validations (0: only at the end)")
     eval_size: int = flag(256, "validation questions", least=1)
-    log_every: int = flag(10, "steps between lines of metrics.jsonl", least=1, free=True)
-    save_every: int = flag(500, "steps between checkpoints", least=1, free=True, pretrained=1000)
-    keep: int = flag(2, "checkpoints kept", least=1, free=True)
-    device: str = flag(("auto", "cpu", "cuda"), **RUN)
-    dtype: str = flag(("auto", "float32", "bfloat16"), "autocast (auto: on a GPU, not for score)", own=True)
-    compile: str = flag(AUTO, "torch.compile of the blocks (auto: on a GPU)", **RUN)
-    activation_checkpointing: str = flag(AUTO, "of wide passes (auto: on a GPU)", free=True)
-    threads: int = flag(0, "CPU threads (0: torch's choice)", **RUN)
+    log_every: int = flag(10, "steps between lines of metrics.jsonl", least=1)
+    save_every: int = flag(500, "steps between checkpoints", least=1)
+    keep: int = flag(2, "checkpoints kept", least=1)
+    device: str = flag("auto", "auto, cpu, cuda", ("auto", "cpu", "cuda"))
+    dtype: str = flag("auto", "autocast (auto: on a GPU, not for score)", ("auto", "float32", "bfloat16"))
+    compile: str = flag("auto", "torch.compile of the blocks (auto: on a GPU)", AUTO)
+    activation_checkpointing: str = flag("auto", "of wide passes (auto: on a GPU)", AUTO)
+    threads: int = flag(0, "CPU threads (0: torch's choice)")
 
     def __post_init__(self):
         """ValueError for a value out of range, naming the flag."""
         for f in fields(self):
-            value, least = getattr(self, f.name), f.metadata.get("least", 0)
+            value, choices, least = getattr(self, f.name), f.metadata["choices"], f.metadata["least"]
             kinds = (int, float) if f.type is float else (f.type,)
-            wrong = type(value) not in kinds or value not in (f.metadata["choices"] or [value])
+            wrong = type(value) not in kinds or (choices and value not in choices)
             if wrong or (f.type in (int, float) and not least <= value < math.inf):
                 raise ValueError(f"--{f.name} cannot be {value!r}")
         if self.stage == "cot" and self.method != "cot":
@@ -138,9 +140,10 @@ class Config:
             raise ValueError(f"--hidden_size {self.hidden_size}: no multiple of twice --heads {self.heads}")
         if not self.cot_epochs + self.epochs_per_stage + self.final_epochs:
             raise ValueError("--cot_epochs, --epochs_per_stage and --final_epochs leave no step")
-        batch = self.questions_per_step * self.group
-        if self.minibatch % self.questions_per_step or batch % self.minibatch:
-            raise ValueError(f"--minibatch {self.minibatch}: not --questions_per_step x a divisor of --group")
+        Q, G = self.questions_per_step, self.group
+        if self.minibatch % Q or Q * G % self.minibatch:
+            raise ValueError(f"--minibatch {self.minibatch}: with --questions_per_step {Q}, --group {G} it "
+                             f"is {Q} x a divisor of {G}, as {Q * G}")
         if self.thoughts_per_step * self.max_steps >= self.context:
             raise ValueError("--thoughts_per_step times --max_steps leaves no room in --context")
 
@@ -148,18 +151,28 @@ class Config:
 FIELDS = {f.name: f for f in fields(Config)}
 SECTIONS = {"stage": "run", "hidden_size": "model from nothing", "thoughts_per_step": "latent reasoning",
             "batch_size": "supervised stage", "rl_lr": "reinforcement learning", "eval_every": "running"}
-
-
-def defaults(case):
-    """What differs by default in a case: chain, or pretrained (the paper's recipe)."""
-    return {name: f.metadata[case] for name, f in FIELDS.items() if case in f.metadata}
+PRESETS = {
+    "pretrained": dict(  # the paper's recipe, as its released code has it
+        preset="pretrained", data="gsm8k_aug", annotated=0, baseline=0, context=512, thoughts_per_step=2,
+        max_steps=10, batch_size=256, micro_batch=32, cot_epochs=0.0, epochs_per_stage=2.0, final_epochs=5.0,
+        cot_lr=1e-4, lr=1e-4, min_lr=1.0, warmup=0, weight_decay=0.01, decay_all=True, beta2=0.999,
+        grad_clip=0.0, rl_lr=1e-6, rl_min_lr=1.0, rl_warmup=0, rl_iters=0, questions_per_step=16,
+        minibatch=16, std_norm=True, latent_grad="score", eval_every=1000, save_every=1000),
+    "chain": dict(preset="chain", data="chain", annotated=0, baseline=5000, cot_epochs=1.2,
+                  epochs_per_stage=0.1, final_epochs=2.2)}
+# pretrained SIM-CoT and Coconut, as released, in as many epochs as the rest
+THREE_STEPS = dict(max_steps=3, epochs_per_stage=3.0, final_epochs=16.0)
+COMMAND = {"stage", "init", "out_dir", "resume", "baseline", "device", "compile", "threads"}
+# what a resumed run may change, and what a new run does not take over from --init's checkpoint
+RESUMABLE = COMMAND | {"micro_batch", "log_every", "save_every", "keep", "activation_checkpointing"}
+NOT_INHERITED = COMMAND | {"seed", "max_iters", "dtype"}
 
 
 def help_text():
     text = f"{__doc__}\n  {'setting':<27}{'default':>9}{'chain':>7}{'pretrained':>12}\n"
     for name, f in FIELDS.items():
         text += f"{SECTIONS[name]}:\n" if name in SECTIONS else ""
-        chain, pretrained = (str(f.metadata.get(case, "")) for case in ("chain", "pretrained"))
+        chain, pretrained = (str(PRESETS[preset].get(name, "")) for preset in ("chain", "pretrained"))
         text += f"  --{name:<25}{f.default!s:>9}{chain:>7}{pretrained:>12}  {f.metadata['note']}\n"
     return text
 
@@ -172,53 +185,99 @@ def parse(argv):
         switch = dict(action=argparse.BooleanOptionalAction)
         kind = switch if f.type is bool else dict(type=f.type, choices=f.metadata["choices"])
         parser.add_argument(f"--{name}", **kind)
-    return vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(argv))
+    return {name: os.path.expanduser(v) if isinstance(v, str) else v for name, v in given.items()}  # ~/runs
+
+
+def run_name(kind, method):
+    """The folder of a run. kind: "rl", else supervised."""
+    name = "vae" if method == "atp" else method
+    return name if kind != "rl" else "rl" if method == "atp" else f"{method}_rl"
+
+
+def newest(folder):
+    """The newest checkpoint in a run's folder, or None."""
+    return max((file.parent for file in Path(folder).glob(f"{STEP_FOLDER}/train.json")), default=None)
+
+
+def starting_point(given):
+    """(folder of weights, settings of the run that made it, {} of a Hugging Face LLaMA)."""
+    init, method = given.get("init", ""), given.get("method", Config.method)
+    if given.get("stage") == "rl" and not init:
+        own, start = (Path(given.get("out_dir", Config.out_dir), run_name(k, method)) for k in ("rl", "vae"))
+        init = own if given.get("resume") and newest(own) else start  # to resume, its own checkpoint will do
+    if not init or Path(init, "config.json").is_file() and not Path(init, "train.json").is_file():
+        return init, {}
+    try:
+        ckpt = find_checkpoint(init)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"--init {init}: no run of train.py, and no folder with config.json of a downloaded model (as "
+            "`hf download meta-llama/Llama-3.2-1B-Instruct --local-dir FOLDER` makes it)") from None
+    return str(ckpt), read_state(ckpt)["config"]
 
 
 def resolve(given):
-    """The Config of a run: defaults, then those of its case or its --init, then the flags."""
-    init, stage, values = given.get("init", ""), given.get("stage"), {}
-    if stage == "rl" and not init:
-        init = str(Path(given.get("out_dir", Config.out_dir), "vae"))
-    if init and Path(init, "config.json").is_file() and not Path(init, "train.json").is_file():
-        values = defaults("pretrained")
-        if given.get("method") in ("simcot", "coconut"):
-            values |= {"max_steps": 3, "final_epochs": 19.0}  # as many epochs as 10 steps have
-    elif init:
-        init = str(find_checkpoint(init))
-        saved = read_state(init)["config"]
-        values = {k: v for k, v in saved.items() if k in FIELDS and not FIELDS[k].metadata.get("own")}
-        values["baseline"] = 0  # it would not begin from nothing
-        if saved.get("stage") == "cot" and stage in (None, "all", "vae"):
-            del values["method"]  # text was the warm-up
-    elif given.get("data") == "chain":
-        values = defaults("chain")
-    if given.get("data", "builtin") not in ("builtin", values.get("data")):
-        values["annotated"] = 0  # the default is builtin's
-    if stage == "cot":
-        values["method"] = "cot"
-    return Config(**{**values, **given, "init": init})
+    """The Config of a run: defaults, then those of its preset or the settings of --init's run, then flags."""
+    stage, data = given.get("stage"), given.get("data", Config.data)
+    init, saved = starting_point(given)
+    method = "cot" if stage == "cot" else Config.method
+    if saved and stage != "cot" and (stage == "rl" or saved["method"] != "cot"):  # or text was the warm-up
+        method = saved["method"]
+    method = given.get("method", method)
+    usual = "pretrained" if init else "chain" if data == "chain" else Config.preset
+    preset = given.get("preset", saved.get("preset", usual))
+    values = PRESETS.get(preset, {})
+    if preset == "pretrained" and method in ("simcot", "coconut"):
+        values = values | THREE_STEPS
+    if saved:
+        own = {k: v for k, v in saved.items() if k in FIELDS and k not in NOT_INHERITED} | {"baseline": 0}
+        if method != saved["method"]:  # it has its own number of reasoning steps, and needs no text again
+            own |= {k: values[k] for k in THREE_STEPS if k in values}
+            own |= {"cot_epochs": 0.0} if METHODS[method]["latent"] and saved["method"] != "nocot" else {}
+        values = own if "preset" not in given else own | values
+    if data not in ("builtin", values.get("data")):
+        values = values | {"annotated": 0}  # the default is builtin's
+    return Config(**{**values, **given, "method": method, "init": init})
 
 
 # --- set-up ---
 
-class Run:
-    """What a stage works with: processes, device, folder, log. begin() adds model, tokenizer, data."""
+ASK_TO_STOP = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # by nohup
+    ASK_TO_STOP.remove(signal.SIGHUP)
 
-    def __init__(self, cfg, name, resumed=None, step=0):
-        self.cfg, self.name, self.dir = cfg, name, Path(cfg.out_dir, name)
+
+class Run:
+    """What a stage works with: settings, processes, device, folder, log; from load() on model and data.
+    kind: "rl", else supervised. resumed: the checkpoint that it goes on from, after `step` steps."""
+
+    def __init__(self, cfg, kind, resumed=None, step=0):
+        self.cfg, self.rl, self.resumed, self.step = cfg, kind == "rl", resumed, step
+        self.name, self.dir = run_name(kind, cfg.method), Path(cfg.out_dir, run_name(kind, cfg.method))
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.main, self.device = self.rank == 0, device_of(cfg.device)
         self.gpu = self.device.type == "cuda"
         on = {"auto": self.gpu, "yes": True, "no": False, "bfloat16": True, "float32": False}
-        self.compile, self.repeats = on[cfg.compile], on[cfg.activation_checkpointing]
+        self.compile, self.activation_checkpointing = on[cfg.compile], on[cfg.activation_checkpointing]
         # a density is a sum over d, in which bfloat16 or TF32 would move every ratio out of the clip
-        exact = name == "rl" and cfg.latent_grad == "score" and cfg.dtype == "auto"
+        exact = self.rl and cfg.latent_grad == "score" and cfg.dtype == "auto"
         self.bf16 = on[cfg.dtype] and not exact
         self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16, self.bf16)
         torch.set_float32_matmul_precision("highest" if exact or cfg.dtype == "float32" else "high")
         self.began, self.signal = time.time(), 0  # signal: the number of one that asks the run to stop
-        self.resumed, self.step = resumed, step  # the checkpoint that the run goes on from, steps made
+        self.model = self.tokenizer = self.train = self.valid = self.checksum = self.bar = None
+
+    def load(self):
+        self.model, self.tokenizer = build(replace(self.cfg, init=str(self.resumed or self.cfg.init)), self)
+        for llama in self.model.llamas():
+            llama.activation_checkpointing = self.activation_checkpointing
+            if self.compile:
+                llama.compile_blocks()
+        self.train, self.valid = read_data(self, "train"), read_data(self, "valid")[:self.cfg.eval_size]
+        self.checksum = 0  # of the training data, which a resumed run must find unchanged
+        for e in self.train:
+            self.checksum = zlib.crc32(repr((e.question, e.steps, e.answer)).encode(), self.checksum)
 
     def wrap(self, module):
         return module if self.world == 1 else DDP(module, gradient_as_bucket_view=True)
@@ -235,9 +294,11 @@ class Run:
             dist.all_reduce(t)
         return dict(zip(values, (t / self.world).tolist()))
 
-    def log(self, **values):
+    def log(self, stage, **values):
         """A line of metrics.jsonl, with seconds since the start and the GPU's peak in GiB."""
-        values["seconds"] = round(time.time() - self.began, 2)
+        if "lr" in values:
+            self.bar.set_postfix([*values.items()][:4])  # as many as fit in a line
+        values = dict(step=self.step, stage=stage, **values, seconds=round(time.time() - self.began, 2))
         if self.gpu:
             values["memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
         if self.main:
@@ -245,29 +306,33 @@ class Run:
                 f.write(json.dumps(values) + "\n")
 
     def say(self, text):
+        """A line on stdout. Where nobody reads it any more (`| head`) the run goes on."""
         if self.main:
-            tqdm.write(f"{self.name}: {text}")
-            sys.stdout.flush()
+            try:
+                tqdm.write(f"{self.name}: {text}")
+                sys.stdout.flush()
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    def steps(self, total):
-        """The steps still to be made, as a bar where there is a terminal."""
-        disable = None if self.main else True
-        self.bar = tqdm(range(self.step, total), self.name, total, initial=self.step, disable=disable)
+    def steps(self, first, last):
+        """The steps that are still to be made, as a bar where there is a terminal."""
+        steps, disable = range(max(first, self.step), last), None if self.main else True
+        self.bar = tqdm(steps, self.name, last, initial=steps.start, disable=disable)
         return self.bar
 
-    def clip_gradients(self, optimizer, clip):
+    def clip_gradients(self, optimizer, limit):
         """The gradient norm before clipping; FloatingPointError where it is not finite."""
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = float(torch.nn.utils.clip_grad_norm_(params, clip or math.inf))
+        norm = float(torch.nn.utils.clip_grad_norm_(params, limit or math.inf))
         if not math.isfinite(norm):
             raise FloatingPointError(f"step {self.step + 1}: the gradient norm is {norm}; "
                                      "the last checkpoint stands")
         return norm
 
     def ask_to_stop(self, number, _):
-        """Ctrl-C and SIGTERM let the step end and a checkpoint be written. A second one stops at once."""
+        """The step ends and a checkpoint is written. A second Ctrl-C or SIGTERM stops at once."""
         self.signal = number
-        for each in SIGNALS:
+        for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
 
     def asked_to_stop(self):
@@ -314,39 +379,40 @@ def set_lr(optimizer, peak, least, progress, warm):
 
 
 def build(cfg, run):
-    """Model and tokenizer that cfg asks for. Of a checkpoint with other parts (heads, decoder) only the
+    """Model and tokenizer that cfg asks for. Of a checkpoint with other heads, or another decoder, only the
     policy is kept; RL refuses it."""
     torch.manual_seed(generator(cfg.seed, WEIGHTS).initial_seed())
     init, model, tokenizer = cfg.init, None, Tokenizer.from_pretrained(cfg.init or ASSETS)
-    asked = {"vae": cfg.vae, "stop": cfg.stop, "decode": cfg.decode}
-    parts = METHODS[cfg.method] | {part: v == "yes" for part, v in asked.items() if v != "auto"}
-    if init and Path(init, "latent.json").is_file():
-        model = LatentReasoner.from_pretrained(init, device=run.device, decode=parts["decode"])
-    if init:
-        policy = model.policy if model else LLaMA.from_pretrained(init, device=run.device)
-    known = START in tokenizer.special
+    asked = {part: getattr(cfg, part) == "yes" for part in PARTS if getattr(cfg, part, "auto") != "auto"}
+    parts = METHODS[cfg.method] | asked
+    new_tokens = START not in tokenizer.special
     start, end = tokenizer.add_special(START, END)
-    if not init:
-        policy = LLaMA(LLaMAConfig(
-            tokenizer.vocab_size, cfg.hidden_size, cfg.intermediate_size, cfg.layers, cfg.heads, cfg.heads,
-            cfg.hidden_size // cfg.heads, cfg.context, eos_token_id=tokenizer.eos_id))
-    latent = LatentConfig(**parts, method=cfg.method, max_steps=cfg.max_steps, start_id=start, end_id=end,
+    config = LatentConfig(**parts, method=cfg.method, max_steps=cfg.max_steps, start_id=start, end_id=end,
                           thoughts_per_step=cfg.thoughts_per_step, eos_id=tokenizer.end_id(),
                           vocab_size=tokenizer.vocab_size)
-    same = model and model.fits(latent)
-    if run.name == "rl" and not (same and parts["vae"] <= model.config.vae):  # or sigma would be untrained
+    if init and Path(init, "latent.json").is_file():
+        model = LatentReasoner.from_pretrained(init, device=run.device, decode=parts["decode"])
+    fits = model is not None and model.fits(config)
+    if run.rl and not (fits and parts["vae"] <= model.config.vae):  # or sigma would be untrained
         raise ValueError(f"--stage rl: {init} has other parts (heads, decoder, VAE) than this run asks for")
-    if run.name == "rl" and cfg.w_coh and not cfg.w_acc and not parts["decode"]:
+    if run.rl and cfg.w_coh and not cfg.w_acc and not parts["decode"]:
         raise ValueError(f"--w_acc 0 --w_coh {cfg.w_coh}: {init} has no decoder to read plans with")
-    if same:
-        model.configure(latent)
+    if fits:
+        model.configure(config)
         return model, tokenizer
     if model:
         run.say(f"{init} has other parts (heads, decoder): only its policy is kept")
-    if not known:
-        like = tokenizer.encode_ordinary("<<")  # what a step begins with
+        policy = model.policy
+    elif init:
+        policy = LLaMA.from_pretrained(init, device=run.device)
+    else:
+        policy = LLaMA(LLaMAConfig(
+            tokenizer.vocab_size, cfg.hidden_size, cfg.intermediate_size, cfg.layers, cfg.heads, cfg.heads,
+            cfg.hidden_size // cfg.heads, cfg.context, eos_token_id=tokenizer.eos_id))
+    if new_tokens:
+        like = tokenizer.encode_ordinary("<<")  # what a reasoning step begins with
         policy.add_tokens([start, end], like[0] if len(like) == 1 else None)
-    return LatentReasoner(policy, latent).to(run.device), tokenizer
+    return LatentReasoner(policy, config).to(run.device), tokenizer
 
 
 def read_data(run, split):
@@ -355,7 +421,7 @@ def read_data(run, split):
     cfg, data = run.cfg, run.cfg.data
     context = min(cfg.context, run.model.policy.config.max_position_embeddings)
     fits, long = encode_all(load(data, split, cfg.data_dir), run.tokenizer, context)
-    imitates = split == "train" and run.name != "rl" and cfg.method != "nocot"
+    imitates = split == "train" and not run.rl and cfg.method != "nocot"
     kept = [e for e in fits if e.steps][:cfg.annotated or None] if imitates else fits
     if not kept:
         raise ValueError(f"--data {data}: no example of {split} is left: too long, without steps or held out")
@@ -379,7 +445,8 @@ def save_checkpoint(run, optimizer):
         save_tensors(tensors, part / "optimizer.safetensors")
         with open(run.dir / "metrics.jsonl", "ab") as log:
             logged = log.tell()
-        write_json(part / "train.json", {"config": vars(run.cfg), "step": run.step, "logged": logged})
+        write_json(part / "train.json", {"run": run.name, "step": run.step, "logged": logged,
+                                         "data": run.checksum, "saved": time.time(), "config": vars(run.cfg)})
         os.replace(part, final)
     except OSError as e:
         shutil.rmtree(part, ignore_errors=True)
@@ -389,7 +456,7 @@ def save_checkpoint(run, optimizer):
 
 def tidy(run, keep):
     """Keep the newest checkpoints; AdamW's state only in the newest."""
-    for age, ckpt in enumerate(sorted(run.dir.glob(STEP), reverse=True)):
+    for age, ckpt in enumerate(sorted(run.dir.glob(STEP_FOLDER), reverse=True)):
         if age >= keep:
             hidden = ckpt.with_name(f".tmp-{ckpt.name}")  # a checkpoint is whole, or it has another name
             shutil.rmtree(ckpt.replace(hidden))
@@ -397,22 +464,21 @@ def tidy(run, keep):
             (ckpt / "optimizer.safetensors").unlink(missing_ok=True)
 
 
-def resume_point(cfg, given, folder):
-    """(cfg, checkpoint, step, bytes of the log) to go on from. cfg decides only on what is free."""
-    state = max(folder.glob(f"{STEP}/train.json"), default=None)
-    if not (cfg.resume and state):
-        return cfg, None, 0, 0
-    ckpt = state.parent
-    match read_state(ckpt):
-        case {"step": int(step), "logged": int(logged), "config": saved} if (
-                min(step, logged) >= 0 and saved.keys() == FIELDS.keys()):
-            kept = {k: v for k, v in saved.items() if not FIELDS[k].metadata.get("free")}
+def resume_point(cfg, given, name):
+    """(cfg, checkpoint, its train.json) to go on from. cfg decides only on what a resumed run may change."""
+    ckpt = newest(Path(cfg.out_dir, name)) if cfg.resume else None
+    if not ckpt:
+        return cfg, None, {"step": 0, "logged": 0}
+    match state := read_state(ckpt):
+        case {"run": run, "step": int(step), "logged": int(logged), "data": int(), "config": saved} if (
+                run == name and min(step, logged) >= 0 and saved.keys() == FIELDS.keys()):
+            kept = {k: v for k, v in saved.items() if k not in RESUMABLE}
         case _:
-            raise ValueError(f"{state}: broken or of another version; it can be --init, but not --resume")
+            raise ValueError(f"{ckpt}/train.json: broken or of another run or version; it can only be --init")
     for k, v in kept.items():
         if given.get(k, v) != v:
-            raise ValueError(f"--{k} {given[k]}: --resume goes on with a run that has --{k} {v} ({folder})")
-    return replace(cfg, **kept, init=cfg.init if "init" in given else saved["init"]), ckpt, step, logged
+            raise ValueError(f"--{k} {given[k]}: --resume goes on with a run that has --{k} {v} ({ckpt})")
+    return replace(cfg, **kept, init=cfg.init if "init" in given else saved["init"]), ckpt, state
 
 
 def take_folder(run, lock, logged):
@@ -421,8 +487,15 @@ def take_folder(run, lock, logged):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"{run.dir}: another run writes there (give another --out_dir)") from None
-    if run.resumed and max(run.dir.glob(f"{STEP}/train.json")).parent != run.resumed:
+    except OSError as e:
+        if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        run.say(f"warning: no locks on the disk of {run.dir}: let no other run write there")
+    ckpt = newest(run.dir)
+    if run.resumed and ckpt != run.resumed:
         raise ValueError(f"{run.dir}: another run has written there meanwhile; start again")
+    if ckpt and read_state(ckpt).get("run") != run.name:
+        raise ValueError(f"{ckpt} is of another run than {run.name}: move it, or give another --out_dir")
     for leftover in run.dir.glob(".tmp-*"):
         shutil.rmtree(leftover)
     tidy(run, run.cfg.keep if run.resumed else 0)
@@ -431,54 +504,39 @@ def take_folder(run, lock, logged):
 
 
 @contextmanager
-def begin(cfg, name, given):
+def begin(cfg, kind, given):
     """The Run of a stage, new or resumed, alone in its folder until the `with` block ends. A new run replaces
     an earlier one there once its settings have proved right."""
-    cfg, ckpt, step, logged = resume_point(cfg, given, Path(cfg.out_dir, name))
-    run = Run(cfg, name, ckpt, step)
+    cfg, ckpt, state = resume_point(cfg, given, run_name(kind, cfg.method))
+    run, size = Run(cfg, kind, ckpt, state["step"]), "questions_per_step" if kind == "rl" else "batch_size"
     if not ckpt and cfg.init and Path(cfg.init).resolve().is_relative_to(run.dir.resolve()):
         raise ValueError(f"--init {cfg.init}: this run would replace {run.dir} (give another --out_dir)")
-    size = "questions_per_step" if name == "rl" else "batch_size"
     if run.world > getattr(cfg, size):
         raise ValueError(f"--{size} {getattr(cfg, size)} is smaller than the number of processes {run.world}")
-    run.model, run.tokenizer = build(replace(cfg, init=str(ckpt)) if ckpt else cfg, run)
-    for llama in run.model.llamas():
-        llama.activation_checkpointing = run.repeats
-        if run.compile:
-            llama.compile_blocks()
-    run.train, run.valid = read_data(run, "train"), read_data(run, "valid")[:cfg.eval_size]
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if run.compile and not run.gpu and not shutil.which(compiler):
+        raise ValueError(f"--compile yes on a CPU needs a C++ compiler: there is no {compiler}")
+    run.load()
+    if ckpt and run.checksum != state["data"]:
+        raise ValueError(f"--data {cfg.data}: not the training data that {ckpt} was trained on")
     run.dir.mkdir(parents=True, exist_ok=True)
     lock = os.open(run.dir, os.O_RDONLY)  # the system unlocks however the process ends
-    before = {number: signal.signal(number, run.ask_to_stop) for number in SIGNALS}
+    before = {number: signal.signal(number, run.ask_to_stop) for number in ASK_TO_STOP}
     try:
         if run.main:
-            take_folder(run, lock, logged)
+            take_folder(run, lock, state["logged"])
         if cfg.resume:
-            run.say(f"resumed at step {step} ({ckpt or 'no checkpoint'})")
+            run.say(f"resumed at step {run.step} ({ckpt or 'no checkpoint'})")
         yield run
         if run.signal:  # it came while the last checkpoint was written
             raise SystemExit(128 + run.signal)
+    except torch.OutOfMemoryError:
+        rows = min(cfg.micro_batch, -(-(cfg.minibatch if run.rl else cfg.batch_size) // run.world))
+        raise SystemExit(f"error: out of memory: try --micro_batch {max(1, rows // 2)}") from None
     finally:
         os.close(lock)
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def finish_step(run, optimizer, figures, stage, end, total):
-    """Log, validate and save where it is due. SystemExit, 128 + signal, where one asked the run to stop."""
-    run.step = step = run.step + 1
-    if step % run.cfg.log_every == 0 or step == total:
-        figures = run.mean(figures)
-        run.log(step=step, stage=stage, **figures)
-        run.bar.set_postfix([*figures.items()][:4])  # as many as fit in a line
-    if step == end or (run.cfg.eval_every and step % run.cfg.eval_every == 0):
-        validate(run, stage)
-    stop = run.asked_to_stop()
-    if run.main and (stop or step == total or step % run.cfg.save_every == 0):
-        save_checkpoint(run, optimizer)
-    if stop:
-        run.say(f"stopped at step {step}; the same command with --resume goes on")
-        raise SystemExit(128 + (run.signal or signal.SIGINT))
 
 
 def validate(run, stage):
@@ -486,13 +544,23 @@ def validate(run, stage):
     if run.model.config.latent and stage == 0:  # it still writes text: there is nothing to measure
         return
     mine = run.valid[run.rank::run.world]
-    figures, _ = evaluation.evaluate(run.model, run.tokenizer, mine, bf16=run.bf16)
+    figures, _ = evaluate(run.model, run.tokenizer, mine, max_answer=run.cfg.max_answer, bf16=run.bf16)
     share = len(mine) * run.world / len(run.valid)
     figures = run.mean({k: v * share for k, v in figures.items() if k != "n"})
     run.model.train()
-    run.log(step=run.step, stage=stage, valid=figures)
+    run.log(stage, valid=figures)
     shown = ", ".join(f"{k} {v:.3f}" for k, v in figures.items())
     run.say(f"step {run.step} stage {stage}: validation {shown}")
+
+
+def save_or_stop(run, optimizer, total):
+    """Write a checkpoint where one is due. SystemExit, 128 + signal, where one asked the run to stop."""
+    stop = run.asked_to_stop()
+    if run.main and (stop or run.step == total or run.step % run.cfg.save_every == 0):
+        save_checkpoint(run, optimizer)
+    if stop:
+        run.say(f"stopped at step {run.step}; the same command with --resume goes on")
+        raise SystemExit(128 + (run.signal or signal.SIGINT))
 
 
 # --- supervised stage (paper, section 3.2) ---
@@ -523,94 +591,68 @@ def micro_batches(run, examples, stage, noise):
     tokens = sum(len(remaining_text(e, config, stage)) for e in examples)
     # rows of like length go together: less padding, the same batch
     order = np.argsort([len(e) for e in examples], kind="stable")
-    count = -(-len(examples) // (run.micro_batch * run.world))
+    count = -(-len(examples) // (run.cfg.micro_batch * run.world))
     for rows in np.array_split(order, min(count, len(examples) // run.world)):
         rows = rows[run.rank::run.world]
         part = None if noise is None else noise[rows]
         yield collate([examples[i] for i in rows], config, stage, part, len(examples), tokens)
 
 
-def fit_micro_batch(run, stage):
-    """Set run.micro_batch: with --micro_batch 0, as many of the longest examples as a GPU can train on."""
-    cfg, model, run.micro_batch = run.cfg, run.model, run.cfg.micro_batch or 32
-    if cfg.micro_batch or not run.gpu:
-        return
-    size = -(-cfg.batch_size // run.world)  # a process's share of a batch
-    longest = (sorted(run.train, key=len)[-size:] * size)[-size:]
-    held = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]  # AdamW's
-    while True:
-        batch = collate(longest, model.config, stage, sft_noise(run, len(longest), stage, 0))
-        try:  # a second micro-batch, or any under DDP, finds gradients in memory
-            for _ in range(1 if len(longest) == size and run.world == 1 else 2):
-                with run.autocast():
-                    losses = model(to_device(batch, run.device))
-                sum(losses.values()).backward()
-            break
-        except torch.OutOfMemoryError:
-            if len(longest) == 1:
-                raise ValueError("--micro_batch 0: not even one example fits on the device") from None
-            longest = longest[-len(longest) // 2:]
-        finally:
-            losses = None
-            model.zero_grad()
-            torch.cuda.empty_cache()
-    del held
-    size = torch.tensor(len(longest), device=run.device)
-    if run.world > 1:
-        dist.all_reduce(size, dist.ReduceOp.MIN)
-    run.micro_batch = int(size)
-    run.say(f"stage {stage} takes {run.micro_batch} rows at once (--micro_batch 0)")
-
-
-def train_supervised(cfg, name, given):
-    """Curriculum from text to latents (or text alone). The trained checkpoint is in out_dir/name."""
-    with begin(cfg, name, given) as run:
-        cfg, model, optimizer = run.cfg, run.model, None
-        # epochs count imitated questions: every method, nocot too, makes as many steps
+def train_supervised(cfg, given):
+    """Curriculum from text to latents (or text alone). The trained checkpoint is in the run's folder."""
+    with begin(cfg, "vae", given) as run:
+        cfg, model, optimizer, ddp = run.cfg, run.model, None, None
+        # epochs count imitated questions: every method, nocot too, makes as many optimizer steps
         stages = curriculum(cfg, model.config.latent, min(len(run.train), cfg.annotated or len(run.train)))
         lengths, total = {s: b - a for s, a, b in stages}, stages[-1][2]
         text_steps, size = lengths.get(0, 0), sum(p.numel() for p in model.policy.parameters())
         run.say(f"{cfg.method}, {size / 1e6:.2f} M parameters, {len(run.train)} examples, {total} steps of "
                 f"{cfg.batch_size} (of each stage: {lengths})")
         weights = {"answer": 1.0, "stop": 1.0, "decode": cfg.decode_coef, "kl": cfg.beta_kl}
-        for step in run.steps(total):
-            stage, opening, end = next(s for s in stages if step < s[2])
-            if step == text_steps > 0 and model.decoder is not None:
+        for stage, first, last in stages:
+            if run.step >= last:  # a resumed run has left it behind
+                continue
+            if run.step == text_steps > 0 and model.decoder is not None:
                 model.decoder.load_state_dict(model.policy.state_dict())  # it starts as the warmed up policy
-            if optimizer is None or step == opening:  # AdamW is made anew in each stage
-                optimizer = ddp = None  # the last stage's averages and buckets make room
-                gc.collect()
-                model.set_trainable(latents=stage > 0)
-                fit_micro_batch(run, stage)
-                ckpt = run.resumed if step > opening else None
-                optimizer = make_optimizer(model, cfg, cfg.weight_decay, ckpt)
-                ddp = run.wrap(model.train())
-                noise = sft_noise(run, cfg.batch_size, stage, step)
-            examples = [run.train[i] for i in batch_indices(cfg.seed, step, len(run.train), cfg.batch_size)]
-            batches, parts = list(micro_batches(run, examples, stage, noise)), {}
-            for i, batch in enumerate(batches):
-                with run.no_sync(ddp, i + 1 < len(batches)):
-                    with run.autocast():
-                        losses = ddp(to_device(batch, run.device))
-                    loss = sum(weights[k] * v for k, v in losses.items())
-                    (loss * run.world).backward()  # DDP takes the mean; the losses are shares of a sum
-                parts = {k: parts.get(k, 0.0) + v.detach() * run.world for k, v in losses.items()}
-            # while a GPU is still busy: at 1B this takes 60 ms
-            noise = sft_noise(run, cfg.batch_size, stage, step + 1)
-            norm = run.clip_gradients(optimizer, cfg.clip)
-            # one cosine over the text stage, another over all latent stages, a warm-up for each optimizer
-            progress = (step - text_steps) / (total - text_steps) if stage else step / text_steps
-            lr = set_lr(optimizer, cfg.lr if stage else cfg.cot_lr, cfg.min_lr, progress,
-                        (step - opening + 1) / max(1, cfg.warmup))
-            optimizer.step()
-            optimizer.zero_grad()
-            finish_step(run, optimizer, parts | {"grad_norm": norm, "lr": lr}, stage, end, total)
+            optimizer = ddp = None  # AdamW is made anew in each stage; the last one's state makes room
+            gc.collect()
+            model.set_trainable(latents=stage > 0)
+            ckpt = run.resumed if run.step > first else None
+            optimizer = make_optimizer(model, cfg, cfg.weight_decay, ckpt)
+            ddp = run.wrap(model.train())
+            noise = sft_noise(run, cfg.batch_size, stage, run.step)
+            for step in run.steps(first, last):
+                indices = batch_indices(cfg.seed, step, len(run.train), cfg.batch_size)
+                batches = list(micro_batches(run, [run.train[i] for i in indices], stage, noise))
+                parts = {}
+                for i, batch in enumerate(batches):
+                    with run.no_sync(ddp, i + 1 < len(batches)):
+                        with run.autocast():
+                            losses = ddp(to_device(batch, run.device))
+                        loss = sum(weights[k] * v for k, v in losses.items())
+                        (loss * run.world).backward()  # DDP takes the mean; the losses are shares of a sum
+                    parts = {k: parts.get(k, 0.0) + v.detach() * run.world for k, v in losses.items()}
+                # while a GPU is still busy: at 1B this takes 60 ms
+                noise = sft_noise(run, cfg.batch_size, stage, step + 1)
+                norm = run.clip_gradients(optimizer, cfg.grad_clip)
+                # one cosine over the text stage, another over all latent stages, a warm-up for each optimizer
+                progress = (step - text_steps) / (total - text_steps) if stage else step / text_steps
+                lr = set_lr(optimizer, cfg.lr if stage else cfg.cot_lr, cfg.min_lr, progress,
+                            (step - first + 1) / max(1, cfg.warmup))
+                optimizer.step()
+                optimizer.zero_grad()
+                run.step = step + 1
+                if run.step % cfg.log_every == 0 or run.step == total:
+                    run.log(stage, **run.mean(parts | {"grad_norm": norm, "lr": lr}))
+                if run.step == last or (cfg.eval_every and run.step % cfg.eval_every == 0):
+                    validate(run, stage)
+                save_or_stop(run, optimizer, total)
 
 
 # --- reinforcement learning (paper, section 3.3) ---
 
 def train_rl(cfg, given):
-    """GRPO on questions and answers, from checkpoint cfg.init. The trained checkpoint is in out_dir/rl."""
+    """GRPO on questions and answers, from checkpoint cfg.init. A step is a batch of questions."""
     with begin(cfg, "rl", given) as run:
         cfg, model = run.cfg, run.model
         Q, G = cfg.questions_per_step, cfg.group
@@ -620,6 +662,8 @@ def train_rl(cfg, given):
         ddp = run.wrap(LogProbs(model, cfg.latent_grad))
         reference = None
         if cfg.kl_coef:  # from the policy that RL began with: a resumed run reads --init again
+            if not Path(cfg.init).is_dir():
+                raise FileNotFoundError(f"--kl_coef needs {cfg.init}, which is gone (--init: its new place)")
             start, _ = build(replace(cfg, decode="no", w_coh=0.0), run)  # no decoder, nor a reward for it
             if run.compile:
                 start.policy.compile_blocks()
@@ -629,32 +673,26 @@ def train_rl(cfg, given):
         if run.step == 0:
             validate(run, "rl")  # what RL has to improve on
         order = cfg.seed + (RL_ORDER << 32)  # another than that of the supervised stage
-        for step in run.steps(total):
-            lr = set_lr(optimizer, cfg.rl_lr, cfg.rl_min_lr, step / total, (step + 1) / max(1, cfg.rl_warmup))
+        for step in run.steps(0, total):
             examples = [run.train[i] for i in batch_indices(order, step, len(run.train), Q)]
-            stats = rl_step(run, ddp, reference, optimizer, examples)
-            finish_step(run, optimizer, stats | {"lr": lr}, "rl", total, total)
+            lr = set_lr(optimizer, cfg.rl_lr, cfg.rl_min_lr, step / total, (step + 1) / max(1, cfg.rl_warmup))
+            # rollouts, rewards, advantages; then of each minibatch forward, backward, clip, optimizer step
+            figures = rl_step(run, ddp, reference, optimizer, examples)
+            run.step = step + 1
+            if run.step % cfg.log_every == 0 or run.step == total:
+                run.log("rl", **run.mean(figures | {"lr": lr}))
+            if run.step == total or (cfg.eval_every and run.step % cfg.eval_every == 0):
+                validate(run, "rl")
+            save_or_stop(run, optimizer, total)
 
 
 # --- main ---
 
 def report(cfg, runs):
-    """Print the table of {label: run's folder} on the task's test sets, or what was held out of a file."""
+    """Print the table of [(label, run's folder)] on the task's test sets, or what was held out of a file."""
     sets = TEST_SETS if cfg.data == "builtin" else (cfg.data,)
     split = "test" if cfg.data in (*BUILTIN, *DATASETS) else "valid"
-    args = evaluation.parser().parse_args([])
-    vars(args).update(data=sets, split=split, data_dir=cfg.data_dir, device=cfg.device, dtype=cfg.dtype,
-                      compile=cfg.compile)
-    data = evaluation.read_sets(args)
-    rows = [(label, evaluation.measure(run, data, args)["benchmarks"]) for label, run in runs.items()]
-    print(evaluation.table(rows))
-
-
-def reuse_memory():
-    """Keep freed large blocks: to clear new ones takes a sixth of a CPU step."""
-    if sys.platform == "linux":
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, 2**31 - 1)
+    evaluate_runs(runs, sets, split, cfg.data_dir, cfg.device, cfg.dtype, cfg.compile)
 
 
 def main(argv=None):
@@ -662,7 +700,9 @@ def main(argv=None):
     cfg = resolve(given)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    reuse_memory()
+    if sys.platform == "linux":  # keep freed large blocks: to clear new ones takes a sixth of a CPU step
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, 2**31 - 1)
     joins = "RANK" in os.environ and not dist.is_initialized()  # started by torchrun
     if joins:
         gpu = device_of(cfg.device).type == "cuda"
@@ -670,12 +710,7 @@ def main(argv=None):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # the longest that processes wait for one another: rank 0 writes a checkpoint of 30 GB alone
         dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(minutes=60))
-    if cfg.stage == "all":
-        train_all(cfg, given)
-    elif cfg.stage == "rl":
-        train_rl(cfg, given)
-    else:
-        train_supervised(cfg, cfg.stage, given)
+    {"all": train_all, "rl": train_rl}.get(cfg.stage, train_supervised)(cfg, given)
     if joins:  # after an error it could wait for processes that are gone
         gc.collect()  # DDP's cycles would keep its threads alive beyond the interpreter
         dist.destroy_process_group()
@@ -683,19 +718,19 @@ def main(argv=None):
 
 def train_all(cfg, given):
     """The default job: the stages in turn, and their table."""
-    out, runs = Path(cfg.out_dir), {}
+    out, start, runs = Path(cfg.out_dir), Path(cfg.out_dir, run_name("vae", cfg.method)), []
     if cfg.method == "atp" and cfg.baseline:
         steps = min(cfg.baseline, cfg.max_iters or cfg.baseline)
         own = {"method": "nocot", "max_iters": steps, "vae": "auto", "stop": "auto", "decode": "auto"}
-        train_supervised(replace(cfg, **own), "nocot", given | own)
-        runs["answer only (nocot)"] = out / "nocot"
-    train_supervised(cfg, "vae", given)
-    runs["latents, imitation (vae)" if cfg.method == "atp" else cfg.method] = out / "vae"
+        train_supervised(replace(cfg, **own), given | own)
+        runs.append(("answer only (nocot)", out / "nocot"))
+    train_supervised(cfg, given)
+    runs.append(("latents, imitation (vae)" if cfg.method == "atp" else cfg.method, start))
     if cfg.method == "atp":
         if dist.is_initialized():
             dist.barrier()  # the checkpoint is there for every process
-        train_rl(resolve({**given, "init": str(out / "vae")}), given)
-        runs["latents, active planning (rl)"] = out / "rl"
+        train_rl(resolve({**given, "init": str(start)}), given)
+        runs.append(("latents, active planning (rl)", out / "rl"))
     if not dist.is_initialized() or dist.get_rank() == 0:
         report(cfg, runs)
 

@@ -27,7 +27,6 @@ from model import (LLaMA, Padded, check_tensors, length_mask, one_line, product_
 START, END = "<|start-latent|>", "<|end-latent|>"
 SFT_NOISE, RL_NOISE, RL_ORDER, WEIGHTS = range(4)  # streams of random numbers of a seed
 MAX_LOGITS = {"cpu": 2**25, "cuda": 2**28}  # logits that lie in memory at once
-STEP = "step-" + 7 * "[0-9]"  # names of checkpoints in a run's folder
 MAX_DECODED = {"cpu": 2**9, "cuda": 2**11}  # reasoning steps that are put into words at once
 
 
@@ -414,6 +413,16 @@ class LatentReasoner(nn.Module):
         text = self.generate(self.policy, h, cache, max_tokens, answer, temperature)
         return Rollout(prefix, group, plan, eps, *text)
 
+    @torch.no_grad()
+    def answer(self, prefix, z, steps, max_tokens=16):
+        """Greedy answers to the questions of a rollout's prefix after a given plan: the first `steps` (B,) of
+        z (B, N, c, d). Returns tokens (B, A) and lengths (B,)."""
+        z, (_, cache) = z.flatten(1, 2), self.read(prefix, z.shape[1] * z.shape[2] + 1 + max_tokens)
+        end = self.policy.embed_tokens(torch.full_like(steps[:, None], self.config.end_id))
+        mask = F.pad(length_mask(steps * self.config.thoughts_per_step, z.shape[1]), (0, 1), value=True)
+        h = self.policy.step(torch.cat((z, end), dim=1), cache, mask)  # (B, N c + 1, d)
+        return self.generate(self.policy, h[:, -1], cache, max_tokens)
+
     def generate(self, llama, h, cache, max_tokens, uniform=None, temperature=1.0):
         """Continue each row from its last hidden state h (B, d) by the likeliest token, or by inverse
         transform of uniform (B, max_tokens). Returns tokens (B, A) and lengths (B,), the end counted."""
@@ -500,26 +509,3 @@ class LatentReasoner(nn.Module):
             check_tensors(tensor_headers(file), model.heads(), file)
             model.load_state_dict(load_file(file), strict=False)
         return model
-
-
-def checkpoints(path):
-    """The newest checkpoint, by its step, of each run in `path`: a checkpoint, run or folder of runs."""
-    path = Path(path)
-    found = [file for folder in ("", f"{STEP}/", f"*/{STEP}/") for file in path.glob(f"{folder}train.json")]
-    if not found:
-        raise FileNotFoundError(f"{path}: no checkpoint there (`python train.py` makes one)")
-    runs = {file.resolve().parents[1]: file.parent for file in sorted(found)}  # of a run the last one stays
-    return list(runs.values())
-
-
-def find_checkpoint(path):
-    """The checkpoint of the run in `path` that was written last."""
-    return max(checkpoints(path), key=lambda ckpt: (ckpt / "train.json").stat().st_mtime)
-
-
-def read_state(ckpt):
-    """train.json of a checkpoint."""
-    match state := read_json(Path(ckpt) / "train.json"):
-        case {"step": int(), "config": {"seed": int(), "method": str(method)}} if method in METHODS:
-            return state
-    raise ValueError(f"{ckpt}/train.json: 'step', or 'config' with its 'seed' and 'method', is missing")

@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import os
+import shutil
 import statistics
+from pathlib import Path
 from types import SimpleNamespace
 
 import compare as comparison
@@ -11,11 +14,13 @@ import oracle
 import pytest
 import torch
 from compare import compare, gather
-from data import Encoded, Example, cli
-from eval import cell, evaluate, judge, main, table
+from data import Encoded, Example, cli, load
+from eval import KINDS, evaluate, evaluate_runs, find_checkpoint, judge, main, markdown, summary
+from eval import cells as figures_of
 from test_rl import Words
 from test_train import SMALL
 from train import main as train
+from vae import METHODS, LatentReasoner
 
 TEXTS = {"72": [1, 2, 42], "24": [1, 3, 42], "24, without an end": [1, 3]}  # token ids of Words
 
@@ -112,12 +117,49 @@ def test_samples_of_a_question_are_its_own(method):
     assert sampled(questions, 64, seed=1) != whole and sampled(questions, 64, temperature=0.1) != whole
 
 
-def fake_run(folder, seed):
-    ckpt = folder / "step-0000001"
+def fake_run(folder, seed=0, step=1, **state):
+    ckpt = folder / f"step-{step:07d}"
     ckpt.mkdir(parents=True)
-    state = {"config": {"method": "atp", "seed": seed}, "step": 1}
+    state = {"config": {"method": "atp", "seed": seed}, "step": step, **state}
     (ckpt / "train.json").write_text(json.dumps(state))
     (ckpt / "latent.json").write_text("{}")
+    return ckpt
+
+
+def test_the_newest_checkpoint_was_saved_last_whatever_its_files_say(tmp_path, monkeypatch):
+    """As train.json says: `cp -r` gives files the times, and the order, of the copying. In a run it is the
+    latest step's."""
+    first, last = fake_run(tmp_path / "z" / "vae", saved=1.5), fake_run(tmp_path / "a" / "rl", saved=2.5)
+    late = fake_run(tmp_path / "a" / "rl", step=9, saved=2.0)  # resumed where the clock is behind
+    for age, ckpt in enumerate((late, last, first)):  # the copying took the newest first
+        os.utime(ckpt / "train.json", (age, age))
+    assert find_checkpoint(tmp_path / "z") == first and find_checkpoint(tmp_path / "a") == late
+    monkeypatch.chdir(last)
+    assert find_checkpoint(".") == Path(".")
+    for name in ("z", "a"):
+        shutil.copytree(tmp_path / name, tmp_path / "copies" / name, copy_function=shutil.copyfile)
+    assert find_checkpoint(tmp_path / "copies" / "a") == tmp_path / "copies/a/rl/step-0000009"
+    both = tmp_path / "both"
+    for ckpt in (first, late):
+        shutil.copytree(ckpt.parent, both / ckpt.parent.name)
+    assert find_checkpoint(both).parent.name == "rl"
+    old = fake_run(both / "zz")  # of a version that did not say when: older than those that do
+    assert find_checkpoint(both).parent.name == "rl"
+    shutil.rmtree(both / "rl"), shutil.rmtree(both / "vae")
+    assert find_checkpoint(both) == old
+    assert find_checkpoint(fake_run(both / "zzz").parents[1]).parent.name == "zzz"  # a tie: by name
+
+
+@pytest.mark.parametrize("change", ({"saved": "now"}, {"step": None}, {"config": {"method": "x", "seed": 0}},
+                                    {"config": {"method": "atp", "seed": 0, "max_answer": 0}},
+                                    {"config": {"method": "atp", "seed": 0, "max_answer": "24"}}))
+def test_what_train_json_must_say(tmp_path, change):
+    fake_run(tmp_path / "good")
+    ckpt = fake_run(tmp_path / "broken", **{"step": 1} | {k: v for k, v in change.items() if k != "step"})
+    if "step" in change:
+        (ckpt / "train.json").write_text(json.dumps({"config": {"method": "atp", "seed": 0}}))
+    with pytest.raises(ValueError, match="broken/step-0000001/train.json: "):
+        find_checkpoint(tmp_path)
 
 
 def test_rows_are_folders_without_their_seeds(tmp_path, monkeypatch):
@@ -149,13 +191,15 @@ def cells(line):
 
 
 def test_table_of_models():
-    head, rule, *rows = table([("x", run(0.2, 0.6)), ("y", run(0.3, 0.4, tokens=5.125))]).splitlines()
+    runs = {"x": run(0.2, 0.6), "y": run(0.3, 0.4, tokens=5.125)}
+    table = markdown({label: summary([figures]) for label, figures in runs.items()})
+    head, rule, *rows = table.splitlines()
     assert cells(head) == ["", "a", "b", "mean", "tokens", "coherence %"]
     assert cells(rule) == ["---"] + 5 * ["---:"]
     assert list(map(cells, rows)) == [["x", "20.0", "60.0", "40.0", "4.00", "50.0"],
                                       ["y", "30.0", "40.0", "35.0", "5.12", "50.0"]]
-    head, *_ = table([("x", run(0.2))]).splitlines()
-    assert cells(head) == ["", "a", "tokens", "coherence %"]  # the mean of one set would say it twice
+    head, *_ = markdown({"x": summary([run(0.2)])}, "out/rl").splitlines()
+    assert cells(head) == ["out/rl", "a", "tokens", "coherence %"]  # the mean of one set would say it twice
 
 
 def test_runs_are_compared_over_seeds_and_paired_by_seed():
@@ -164,8 +208,8 @@ def test_runs_are_compared_over_seeds_and_paired_by_seed():
     better = {s: {"benchmarks": run(0.4 + s / 10, 0.5 + s / 10, tokens=4.0 + s)} for s in (2, 0, 1)}
     single = {1: {"benchmarks": run(0.1, 0.5)}}
     apart = {9: {"benchmarks": run(0.1, 0.5)}}
-    rows = compare({"base": base, "better": better, "single": single, "apart": apart}, "base")
-    head, _, *lines = table(rows, ["to base", "tokens"]).splitlines()
+    rows = {"base": base, "better": better, "single": single, "apart": apart}
+    head, _, *lines = compare(rows, "base", ["tokens"]).splitlines()
     assert cells(head) == ["", "a", "b", "mean", "to base", "tokens"]
     lines = {cells(line)[0]: dict(zip(cells(head), cells(line))) for line in lines}
     gains = [100 * (0.2 + s / 10) / 2 for s in range(3)]
@@ -174,7 +218,87 @@ def test_runs_are_compared_over_seeds_and_paired_by_seed():
     assert lines["better"]["a"] == "50.0 ± 10.0" and lines["better"]["tokens"] == "5.00 ± 1.00"
     assert lines["base"]["to base"] == lines["apart"]["to base"] == ""
     assert lines["single"]["to base"] == "-10.0" and lines["single"]["a"] == "10.0"
-    assert cell("accuracy", [{"accuracy": 0.5}]) == "50.0"
+    assert figures_of([{"accuracy": 0.5, "n": 7}], ["accuracy", "n"]) == {"accuracy %": "50.0", "n": "7"}
+
+
+# --- interventions on latents ---
+
+LATENT_METHODS = [method for method, parts in METHODS.items() if parts["latent"]]
+
+
+def uneven(method):
+    """A model whose plans have unlike lengths, if it has a stop head."""
+    model = oracle.tiny(method, seed=3).eval()
+    if model.stop_head is not None:
+        torch.nn.init.normal_(model.stop_head[-1].weight, std=2.0)
+    return model
+
+
+@pytest.mark.parametrize("method", LATENT_METHODS)
+def test_an_answer_to_a_given_plan(method):
+    """To the rollout's own plan it is the rollout's, to another plan the oracle's."""
+    model, questions = uneven(method), [e.question for e in oracle.examples(9)]
+    rollout = model.rollout(questions)
+    z, steps = rollout.plan.z, rollout.plan.steps
+    assert method != "atp" or len(set(steps.tolist())) > 1
+    for given, n in ((z, steps), (z.flip(0), steps.flip(0)), (z, 0 * steps)):
+        tokens, lengths = model.answer(rollout.prefix, given, n)
+        if given is z and n is steps:
+            assert torch.equal(tokens, rollout.tokens) and torch.equal(lengths, rollout.lengths)
+        for b, question in enumerate(questions):
+            sequence = oracle.embed(model.policy, question + [oracle.START])
+            sequence += [*given[b, :n[b]].flatten(0, 1), *oracle.embed(model.policy, [oracle.END])]
+            for token in tokens[b, :lengths[b]].tolist():
+                logits = model.policy.logits(oracle.read(model.policy, sequence))[:43]
+                assert int(logits.argmax()) == token
+                sequence += oracle.embed(model.policy, [token])
+
+
+@pytest.mark.parametrize("method", LATENT_METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_becomes_of_answers_under_another_plan(method, kind, monkeypatch):
+    """Each row is answered from the latents that the kind of intervention says, by definition; the figures
+    are counted by hand."""
+    model, questions, asked = uneven(method), naive.examples(12), []
+    answer = model.answer
+
+    def spy(prefix, z, steps, most):
+        asked.append((z, steps, answer(prefix, z, steps, most)))
+        return asked[-1][2]
+
+    monkeypatch.setattr(model, "answer", spy)
+    figures, results = evaluate(model, Sums(), questions, intervene=kind, max_answer=5)
+    order = sorted(range(12), key=lambda i: len(questions[i].question))
+    plan = model.rollout([questions[i].question for i in order], max_tokens=5).plan
+    results, [(z, steps, (tokens, lengths))] = [results[i] for i in order], asked
+    own = [r["text"] for r in results]
+    n, count, changed, follows = plan.steps.tolist(), 0, 0, 0
+    texts = [f"### {sum(row[:length - (row[length - 1] == 42)]) % 3}"
+             for row, length in zip(tokens.tolist(), lengths.tolist())]
+    for b, k in enumerate(n):
+        donors = [o % 12 for o in range(b + 1, b + 12) if n[o % 12] == k and own[o % 12] != own[b]]
+        assert steps[b] == (0 if kind == "none" else k)
+        if kind == "zero":
+            assert not z[b].any()
+        if kind == "noise":
+            assert torch.allclose(z[b, :k].norm(dim=-1), plan.z[b, :k].norm(dim=-1), rtol=1e-4)
+            assert not k or not torch.allclose(z[b, :k], plan.z[b, :k])
+        if kind == "reverse":
+            assert torch.equal(z[b, :k], plan.z[b, :k].flip(0))
+        if kind == "other" and donors:
+            assert torch.equal(z[b, :k], plan.z[donors[0], :k])
+            follows += texts[b] == own[donors[0]]
+        if kind != "other" or donors:
+            count += 1
+            changed += texts[b] != own[b]
+            assert results[b][f"{kind}: accuracy"] == (texts[b] == "### 1")
+    assert count and figures["exchanged"] == pytest.approx(count / 12)
+    assert figures[f"{kind}: changed"] == pytest.approx(changed / count)
+    if kind == "other":
+        assert figures["other: follows"] == pytest.approx(follows / count)
+        assert method != "atp" or 0 < count < 12  # some questions have no donor
+    plain, _ = evaluate(model, Sums(), questions, max_answer=5)
+    assert plain.items() <= figures.items()
 
 
 # --- the command line ---
@@ -200,16 +324,72 @@ def test_one_checkpoint_from_the_command_line(runs, capsys):
           "--explain", "1", "--json", str(file)])
     said = capsys.readouterr().out
     head, _, *rows = [line for line in said.splitlines() if line.startswith("|")]
-    assert cells(head) == ["", "accuracy %", "n", "tokens", "latents", "coherence %", "pass@1 %", "pass@2 %",
-                           "maj@2 %"]
+    ckpt = str(runs / "out_0" / "rl" / "step-0000001")
+    assert cells(head) == [ckpt, "n", "accuracy %", "tokens", "latents", "coherence %", "pass@1 %",
+                           "pass@2 %", "maj@2 %"]
     assert [cells(row)[0] for row in rows] == [data, "easy", "mean"]
     found = json.loads(file.read_text())
     for row, name in zip(rows, (data, "easy")):
         figures = found["benchmarks"][name]
-        assert cells(row)[1:4] == [f"{100 * figures['accuracy']:.1f}", "3", f"{figures['tokens']:.2f}"]
+        assert cells(row)[1:4] == ["3", f"{100 * figures['accuracy']:.1f}", f"{figures['tokens']:.2f}"]
     [explained] = found["explained"][data]
     assert explained["steps"] == ["<<1+2=3>>"] and "reference: <<1+2=3>>" in said
     assert explained["question"] in said and explained["text"] in said
+
+
+def test_the_table_of_a_training_run(runs, capsys):
+    data = str(runs / "questions.txt")
+    rows = [("one", runs / "out_0" / "vae"), ("two", runs / "out_0" / "rl")]
+    evaluate_runs(rows, [data, "easy"], "test", "data", "cpu", "float32", "no")
+    head, _, *lines = map(cells, capsys.readouterr().out.splitlines())
+    assert head == ["", data, "easy", "mean", "tokens", "coherence %"]
+    assert [line[0] for line in lines] == ["one", "two"]
+    sets = {name: load(name, "test") for name in (data, "easy")}
+    for line, (_, run) in zip(lines, rows):
+        figures = eval.measure(run, sets)["benchmarks"]
+        assert line[1] == f"{100 * figures[data]['accuracy']:.1f}"
+        assert line[4] == f"{(figures[data]['tokens'] + figures['easy']['tokens']) / 2:.2f}"
+
+
+@pytest.mark.parametrize("most", (24, 3, None))  # None: a checkpoint of an older version, which had 16
+def test_an_answer_may_be_as_long_as_in_training(runs, tmp_path, monkeypatch, most):
+    ckpt, asked, rollout = tmp_path / "step-0000001", [], LatentReasoner.rollout
+    shutil.copytree(find_checkpoint(runs / "out_0" / "rl"), ckpt)
+    state = json.loads((ckpt / "train.json").read_text())
+    state["config"] |= {"max_answer": most}
+    if most is None:
+        del state["config"]["max_answer"]
+    (ckpt / "train.json").write_text(json.dumps(state))
+
+    def spy(self, questions, group=1, noise=None, max_tokens=16, temperature=1.0):
+        asked.append((max_tokens, noise and noise.answer.shape[1]))
+        return rollout(self, questions, group, noise, max_tokens, temperature)
+
+    monkeypatch.setattr(LatentReasoner, "rollout", spy)
+    main(["--ckpt", str(ckpt), "--data", str(runs / "questions.txt"), "--limit", "2", "--samples", "2"])
+    assert asked == [(most or 16, None), (most or 16, most or 16)]
+
+
+def test_a_path_may_begin_with_the_home_folder(runs, monkeypatch):
+    monkeypatch.setenv("HOME", str(runs))
+    flags = ["--data", str(runs / "questions.txt"), "--limit", "1", "--json", "~/home.json"]
+    main(["--ckpt", "~/out_0/rl", *flags])
+    assert json.loads((runs / "home.json").read_text())["checkpoint"].startswith(str(runs / "out_0"))
+    comparison.main(["~/out_0", "--baseline", "~/out_0/rl", *flags])
+    assert [r["row"] for r in json.loads((runs / "home.json").read_text())] == ["rl", "vae"]
+
+
+def test_only_latents_can_be_exchanged(runs, tmp_path, capsys):
+    data = ["--data", str(runs / "questions.txt"), "--limit", "6", "--intervene", "other"]
+    main(["--ckpt", str(runs / "out_0" / "vae"), *data])
+    head = cells(capsys.readouterr().out.splitlines()[0])
+    assert head[-4:] == ["exchanged %", "other: accuracy %", "other: changed %", "other: follows %"]
+    shutil.copytree(find_checkpoint(runs / "out_0" / "vae"), tmp_path / "step-0000001")
+    file = tmp_path / "step-0000001" / "latent.json"
+    parts = {"method": "cot", **dict.fromkeys(["latent", "head", "vae", "stop", "decode"], False)}
+    file.write_text(json.dumps(json.loads(file.read_text()) | parts))
+    with pytest.raises(ValueError, match="--intervene other: .*step-0000001 does not think in latents"):
+        main(["--ckpt", str(tmp_path), *data])
 
 
 def test_compare_from_the_command_line(runs, capsys):

@@ -1,8 +1,8 @@
 """Faults: kills and resume, cut files, skipped batches, and torchrun's processes when one of them fails or
 has less to do. The full count of kills is `python tests/tools/kill_resume.py`."""
 
-import random
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +11,11 @@ import pytest
 import rl as rl_module
 import torch
 import train as module
+from eval import find_checkpoint
 from kill_resume import ROOT, differences, killed_run, metrics
 from test_train import assert_same, command, weights
 from train import Run
 from train import main as train
-from vae import find_checkpoint
 
 OFTEN = ["--save_every", "1", "--eval_every", "2"]
 
@@ -34,12 +34,33 @@ def whole(tmp_path_factory, warm, data):
     return out
 
 
-@pytest.mark.parametrize("stage, step", [("vae", 14), ("rl", 4)])  # of vae: within the stage of latents alone
-def test_killed_twice_and_resumed_equals_never_killed(tmp_path, whole, warm, data, stage, step):
-    """Every file of every checkpoint and every line of the metrics, bit for bit."""
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import train
+def deadly(owner, name, now):
+    real = getattr(owner, name)
+    setattr(owner, name, lambda *args: os.kill(os.getpid(), signal.SIGKILL) if now(*args) else real(*args))
+deadly(train.Run, "clip_gradients", lambda run, *_: run.step == {gradient})
+deadly(train.os, "replace", lambda _, final: final.name == "step-{checkpoint:07d}")
+deadly(train, "validate", lambda run, _: run.step == {evaluation})
+train.main({args!r})
+"""
+NEVER = dict(gradient=-1, checkpoint=-1, evaluation=-1)
+
+
+@pytest.mark.parametrize("stage, step", [("vae", 13), ("rl", 3)])  # of vae: within the stage of latents alone
+def test_killed_and_resumed_equals_never_killed(tmp_path, whole, warm, data, stage, step):
+    """Every file of every checkpoint and every line of the metrics, bit for bit. The moments are counted in
+    steps: before the weights change, in an evaluation, before a checkpoint gets its name."""
     args = stage_args(stage, warm, tmp_path, data)
-    phases = killed_run(args, tmp_path / stage, 2, 2, random.Random(0), 0, [step])
-    assert sum(phases.values()) == 2
+    for moment in (dict(gradient=step), dict(evaluation=step + 3), dict(checkpoint=step + 5)):
+        code = KILLED.format(root=str(ROOT), args=args, **NEVER | moment)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        args = [*args, "--resume"]
+    assert [path.name for path in (tmp_path / stage).glob(".tmp-*")] == [f".tmp-step-{step + 5:07d}"]
+    train(args)
     assert differences(tmp_path / stage, whole / stage) == []
     rows = metrics(whole / stage)
     assert any(r.get("grad_norm", 0) > 0 for r in rows[:step]) and any("valid" in r for r in rows)
@@ -123,15 +144,15 @@ with open({pids!r}, "a") as f:
 """
 
 
-def torchrun(tmp_path, body, *args, timeout=90):
-    """Two processes of a script that may change train.py first. They end in bounded time, and all of them."""
+def torchrun(tmp_path, body, *args):
+    """Two processes of a script that may change train.py first. All of them end; the hour is against a hang."""
     script, pids = tmp_path / "child.py", tmp_path / "pids"
     script.write_text(CHILD.format(root=str(ROOT), pids=str(pids), body=body))
     runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     process = subprocess.Popen([*runner, str(script), *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                text=True)
     try:
-        said, errors = process.communicate(timeout=timeout)
+        said, errors = process.communicate(timeout=3600)
     finally:
         if process.poll() is None:
             process.terminate()  # torchrun ends its processes

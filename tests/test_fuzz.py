@@ -22,8 +22,9 @@ from safetensors.torch import save_file
 import data
 from make_task import tokenizer_of
 from data import Tokenizer
+from eval import read_state
 from model import LLaMA, write_json
-from vae import LatentReasoner, read_state
+from vae import LatentReasoner
 
 FUZZ = int(os.environ.get("FUZZ", 120))
 MEMORY = 2**29  # bytes of address space that reading one file may add
@@ -35,11 +36,11 @@ VALUES = [None, True, False, 0, 1, -1, 2, 3, 7, 2**24, 2**31, 2**63, 2**64, 10**
           {"": None}, "llama3", "default", "F32", "BF16", "I64", "BOOL", "F8_E4M3", "F4", "####", "<<1/0=1>>",
           "(" * 1000, "||", "-1e5", "(?=(a+))+\\1x"]
 NAMES = ["", "a", "\n", "\0", "__metadata__", "dtype", "rope_scaling", "rope_type", "head_dim", "unk_token",
-         "input", "target"]
+         "input", "target", "add_bos_token", "byte_fallback", "post_processor", "special"]
 JUNK = [b"\0", b"\xef\xbb\xbf", b"\r\n", b"\r", b"\n", b"\xff", b"\xed\xa0\x80", b"\x85", b"{", b"}", b"[",
         b"]", b'"', b",", b":", b"[" * 5000, b'{"a":' * 5000, b"9" * 5000, b"1e999999999", b"NaN",
         b"\\ud800", b"\\u0000", b"-", b"#", b"<<", b">>", b"||", b" " * 5000, b"\n" * 5000, b"(" * 5000,
-        b"null", b"\xff" * 8, (2**62).to_bytes(8, "little"), b"\xe2\x80\xa8"]
+        b"null", b"\xff" * 8, (2**62).to_bytes(8, "little"), b"\xe2\x80\xa8", b"version https://git-lfs"]
 place = st.floats(0, 1, exclude_max=True)
 BYTES = st.tuples(
     st.sampled_from(["flip", "cut", "drop", "double", "insert", "overwrite", "crlf", "head"]), place, place,
@@ -137,6 +138,10 @@ def bpe(folder):
     words = [*(bytes([b]) for b in range(256)), b"ab", b"abc", b" ab"]
     tokenizer = tokenizer_of(words, r" ?[a-z]+|\s+(?!\S)|[0-9]", ["<eos>", "<x>"])
     tokenizer.add_special("<|start-latent|>")
+    tokenizer.file["added_tokens"].append({"id": tokenizer.vocab_size, "content": "  ", "special": False})
+    tokenizer.file["post_processor"] = {
+        "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<x>"}}, {"Sequence": {"id": "A"}}],
+        "special_tokens": {"<x>": {"id": "<x>", "ids": [tokenizer.special["<x>"]], "tokens": ["<x>"]}}}
     tokenizer.save_pretrained(folder)
 
 

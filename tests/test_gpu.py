@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 
 import train
 from data import ASSETS, Tokenizer, encode_all, load
+from eval import find_checkpoint
 from model import LLaMA, LLaMAConfig
 from rl import LogProbs
-from vae import END, METHODS, START, LatentConfig, LatentReasoner, Noise, collate, find_checkpoint, moved
+from vae import END, METHODS, START, LatentConfig, LatentReasoner, Noise, collate, moved
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU (ATP_GPU=1 leaves it visible)")
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,9 +14,10 @@ import rl
 import torch
 import train
 from data import load
+from eval import find_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from vae import METHODS, find_checkpoint
+from vae import METHODS
 
 GSM8K = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k_train.jsonl"
 SMOLLM2 = Path(os.environ.get("SMOLLM2_DIR", "absent"))
@@ -25,8 +26,8 @@ SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]  # ids 256, 257
 # The released code's values (paper, sections 4 and 5); the batch size of SFT is ours
 SFT = dict(data="gsm8k_aug", annotated=0, thoughts_per_step=2, max_steps=10, cot_epochs=0, epochs_per_stage=2,
            batch_size=256, lr=1e-4, min_lr=1, warmup=0, weight_decay=0.01, decay_all=True, beta2=0.999,
-           clip=0, beta_kl=1e-3, decode_coef=1, vae="auto", stop="auto", decode="auto")
-RL = dict(latent_grad="score", rl_lr=1e-6, rl_min_lr=1, rl_warmup=0, rl_clip=1, rl_iters=0,
+           grad_clip=0, beta_kl=1e-3, decode_coef=1, vae="auto", stop="auto", decode="auto")
+RL = dict(latent_grad="score", rl_lr=1e-6, rl_min_lr=1, rl_warmup=0, rl_grad_clip=1, rl_iters=0,
           questions_per_step=16, group=8, minibatch=16, ratio_clip=0.2, std_norm=True, latent_coef=1,
           latent_mean=False, kl_coef=0, w_acc=1, w_fmt=0.5, w_coh=0.1,
           max_answer=16)
@@ -90,13 +91,13 @@ def test_a_pretrained_llama_gets_the_released_recipe(llama):
     cfg = train.resolve({"init": str(llama)})
     for name, value in {**SFT, **RL}.items():
         assert getattr(cfg, name) == value, name
-    assert train.defaults("pretrained").items() <= vars(cfg).items()
+    assert train.PRESETS["pretrained"].items() <= vars(cfg).items()
     # 25 epochs: two for each of ten stages, then five more
     stages = train.curriculum(cfg, True, 256 * 100)
     assert [stage for stage, _, _ in stages] == list(range(1, 11))
     assert [end - start for _, start, end in stages] == [200] * 9 + [700]
     # each is a setting, and nothing of the recipe holds for a model from nothing
-    assert train.resolve({"init": str(llama), "lr": 1e-5, "clip": 1.0}).lr == 1e-5
+    assert train.resolve({"init": str(llama), "lr": 1e-5, "grad_clip": 1.0}).lr == 1e-5
     assert train.resolve({}) == train.Config()
 
 
@@ -146,11 +147,12 @@ def walk(init, data, out, method):
     """One SFT step, one batch of RL and an evaluation, from the command lines. Returns what eval.py wrote."""
     data, common = ["--data", str(data)], ["--device", "cpu"]
     steps = ["--out_dir", str(out), "--max_iters", "1", "--eval_size", "2", "--log_every", "1", *common]
-    train.main(["--stage", "vae", "--method", method, "--init", str(init), "--max_steps", "2",
+    steps += ["--method", method]
+    train.main(["--stage", "vae", "--init", str(init), "--max_steps", "2",
                 "--batch_size", "2", "--dtype", "float32", *data, *steps])
     train.main(["--stage", "rl", "--questions_per_step", "2", "--group", "2", "--minibatch", "2",
                 "--max_answer", "4", *steps])
-    eval.main(["--ckpt", str(out / "rl"), "--limit", "2", "--max_tokens", "8", "--explain", "1",
+    eval.main(["--ckpt", str(out / train.run_name("rl", method)), "--limit", "2", "--max_tokens", "8", "--explain", "1",
                "--json", str(out / "x.json"), *data, *common])
     return json.loads((out / "x.json").read_text())
 
@@ -180,13 +182,14 @@ def check_road(init, data, out, method, capsys):
     assert saved == {**RL, "questions_per_step": 2, "group": 2, "minibatch": 2, "max_answer": 4}
     assert config["dtype"] == "auto"  # that of SFT was SFT's own
     # AdamW's first step of SFT: lr (sign of the gradient + decay x weight), on a norm too, without warm-up
-    ckpt, trained = find_checkpoint(out / "vae"), find_checkpoint(out / "rl")
+    names = [train.run_name(kind, method) for kind in ("vae", "rl")]
+    ckpt, trained = (find_checkpoint(out / name) for name in names)
     start, sft, end = norm(init), norm(ckpt), norm(trained)
     moved = (start - sft) / 1e-4 - 0.01 * start
     torch.testing.assert_close(moved.abs(), torch.ones_like(moved), atol=5e-3, rtol=0)
     # the two of RL have lr 1e-6
     assert 0 < float((end - sft).abs().max()) < 2.5e-6
-    [sft_line], [rl_line] = ([line for line in lines(out / name) if "lr" in line] for name in ("vae", "rl"))
+    [sft_line], [rl_line] = ([line for line in lines(out / name) if "lr" in line] for name in names)
     assert (sft_line["lr"], rl_line["lr"]) == (1e-4, 1e-6)
     parts = {"atp": {"answer", "decode", "stop", "kl"}, "simcot": {"answer", "decode"}}
     assert parts.get(method, {"answer"}) == sft_line.keys() & parts["atp"]
@@ -203,7 +206,7 @@ def test_the_road_with_random_weights(tmp_path, out, llama, method, graded, caps
             answer = f"{' '.join(e.steps)}\n#### {e.answer}"
             f.write(json.dumps({"question": e.question, "answer": answer}) + "\n")
     check_road(llama, data, out, method, capsys)
-    ckpt = find_checkpoint(out / "rl")
+    ckpt = find_checkpoint(out / train.run_name("rl", method))
     latent, config = (json.loads((ckpt / name).read_text()) for name in ("latent.json", "config.json"))
     # tokenizer_config.json names the end; the new tokens took rows that the tokenizer has no ids for
     ids = {name: latent[name] for name in ("eos_id", "start_id", "end_id", "vocab_size")}

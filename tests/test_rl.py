@@ -420,7 +420,7 @@ def test_update_leaves_out_groups_of_equal_rewards(grad):
     advantage[4:8] = advantage[8:10] = 0  # the second question, and half of the third one's
     log_probs, recorder = LogProbs(model, latent_grad=grad), Recorder(model)
     hook = log_probs.register_forward_hook(lambda module, args, out: seen.append(len(args[0].plan.z)))
-    update(rl_run(micro_batch=8, rl_clip=0.0), log_probs, None, recorder, rollout, advantage)
+    update(rl_run(micro_batch=8, rl_grad_clip=0.0), log_probs, None, recorder, rollout, advantage)
     assert seen == [8, 4]
     hook.remove()
     new = log_probs(rollout)
@@ -442,7 +442,7 @@ def test_update_adds_the_divergence_of_all_groups(grad, parts, micro_batch):
     advantage[4:8] = 0
     log_probs, recorder = LogProbs(model, latent_grad=grad), Recorder(model)
     reference = LogProbs(oracle.tiny(seed=4, **parts), latent_grad=grad).requires_grad_(False)
-    run = rl_run(micro_batch=micro_batch, kl_coef=0.3, rl_clip=0.0)
+    run = rl_run(micro_batch=micro_batch, kl_coef=0.3, rl_grad_clip=0.0)
     stats = update(run, log_probs, reference, recorder, rollout, advantage)
     new = log_probs(rollout)
     kl = divergence(new, reference(rollout), rollout).mean()
@@ -466,7 +466,7 @@ def test_update_is_ppo_from_the_policy_before_the_first_step(grad):
     model, rollout = make(group=4, dtype=torch.double)
     advantage, start = torch.randn(16), copy.deepcopy(model)
     plain, fresh = copy.deepcopy(model), copy.deepcopy(model)
-    run = rl_run(minibatch=4, micro_batch=2, latent_grad=grad, rl_clip=0.5)
+    run = rl_run(minibatch=4, micro_batch=2, latent_grad=grad, rl_grad_clip=0.5)
     sgd = lambda module: torch.optim.SGD(module.parameters(), lr=0.1)
     stats = update(run, LogProbs(model, latent_grad=grad), None, sgd(model), rollout, advantage)
     counts = {}
@@ -499,7 +499,7 @@ def test_update_under_autocast(grad):
     advantage, log_probs = torch.randn(16), LogProbs(model, latent_grad=grad)
     got = {}
     for dtype in ("float32", "bfloat16"):
-        recorder, run = Recorder(model), rl_run(minibatch=8, micro_batch=4, dtype=dtype, rl_clip=0.0)
+        recorder, run = Recorder(model), rl_run(minibatch=8, micro_batch=4, dtype=dtype, rl_grad_clip=0.0)
         stats = update(run, log_probs, None, recorder, rollout, advantage)
         assert len(recorder.steps) == 2 and stats["latent_clip_frac"] == stats["token_clip_frac"] == 0
         got[dtype] = {n: sum(step[n] for step in recorder.steps) for n in recorder.steps[0]}

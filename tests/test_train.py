@@ -1,27 +1,32 @@
 """Training and evaluation from the command line: processes, accumulation, resume, settings, user errors."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import eval
 import pytest
 import rl as rl_module
 import torch
 import train as module
+import vae as vae_module
 from data import Tokenizer, cli, encode_all, load
 from eval import evaluate as figures_of
+from eval import find_checkpoint
 from eval import main as evaluate
 from kill_resume import ROOT, differences, finish, metrics, start
 from safetensors.torch import load_file, save_file
-from train import (FIELDS, Config, Run, batch_indices, build, curriculum, make_optimizer, parse,
-                   read_data, report, resolve)
+from train import (FIELDS, NOT_INHERITED, PRESETS, RESUMABLE, Config, Run, batch_indices, build, curriculum,
+                   make_optimizer, parse, read_data, report, resolve)
 from train import main as train
-from vae import END, START, LatentReasoner, find_checkpoint
+from vae import END, METHODS, START, LatentConfig, LatentReasoner
 
 SMALL = ["--hidden_size", "16", "--layers", "1", "--heads", "2", "--intermediate_size", "24",
          "--batch_size", "8", "--micro_batch", "8", "--max_steps", "3", "--eval_every", "0",
@@ -82,10 +87,9 @@ def test_two_processes_equal_one(tmp_path, vae, warm, rl, data, stage):
     assert_logged_the_same(tmp_path, vae if stage == "vae" else rl, stage)
 
 
-@pytest.mark.parametrize("stage, rows", [("vae", "3"), ("vae", "0"), ("rl", "3"), ("rl", "0")])
-def test_accumulation_changes_nothing(tmp_path, vae, warm, rl, data, stage, rows):
-    """--micro_batch 0 is left to the machine: on a CPU 32 rows, and in RL a question at a time."""
-    train(command(tmp_path, data, *stage_flags(stage, warm), "--micro_batch", rows, stage=stage))
+@pytest.mark.parametrize("stage", ("vae", "rl"))
+def test_accumulation_changes_nothing(tmp_path, vae, warm, rl, data, stage):
+    train(command(tmp_path, data, *stage_flags(stage, warm), "--micro_batch", "3", stage=stage))
     assert_same(weights(tmp_path, stage), weights(vae if stage == "vae" else rl, stage))
     assert_logged_the_same(tmp_path, vae if stage == "vae" else rl, stage)
 
@@ -116,16 +120,18 @@ def test_only_imitation_needs_steps(tmp_path, data, method, stage, annotated, co
     assert len(read_data(run, "valid")) == 3
 
 
-@pytest.mark.parametrize("method", ("simcot", "coconut", "cot", "nocot"))
+@pytest.mark.parametrize("method", METHODS)
 def test_methods_train_and_evaluate(tmp_path, data, method, capsys):
+    """Each in a folder of its own. --stage cot is CoT under another name."""
     stage = "cot" if method == "cot" else "vae"
     train(command(tmp_path, data, "--max_iters", "6", "--method", method, stage=stage))
-    assert [p.name for p in tmp_path.iterdir()] == [stage]
+    assert [p.name for p in tmp_path.iterdir()] == ["vae" if method == "atp" else method]
     file = tmp_path / "x.json"
     evaluate(["--ckpt", str(tmp_path), "--data", data, "--limit", "5", "--json", str(file)])
     got = json.loads(file.read_text())
     assert got["config"]["method"] == method
-    assert got["benchmarks"][data]["latents"] == {"simcot": 3, "coconut": 3, "cot": 0, "nocot": 0}[method]
+    latent, stop = (METHODS[method][part] for part in ("latent", "stop"))
+    assert stop or got["benchmarks"][data]["latents"] == 3 * latent
 
 
 def test_evaluation_needs_only_the_checkpoint(tmp_path, rl, data, capsys):
@@ -193,11 +199,70 @@ def test_new_tokens_begin_like_a_step(tmp_path, vae, data):
         evaluate(["--ckpt", str(tmp_path / "ckpt"), "--data", data])
 
 
+class PauseConfig(vae_module.LatentConfig):
+    """Of a method that is added: learned embeddings instead of latents."""
+
+    def __init__(self, pause, **others):
+        super().__init__(**others)
+        self.pause = pause
+
+
+class PauseReasoner(LatentReasoner):
+    def __init__(self, policy, config, decoder=None):
+        super().__init__(policy, config, decoder)
+        if getattr(config, "pause", False):
+            self.pause = torch.nn.Parameter(torch.zeros(config.max_steps, policy.config.hidden_size))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_that_is_added_is_the_one_that_is_trained(tmp_path, data, method, monkeypatch, capsys):
+    """Of any other method's checkpoint it takes the policy, and says so, whatever parts the two share."""
+    train(command(tmp_path, data, "--max_iters", "1", "--method", method))
+    monkeypatch.setitem(METHODS, "pause", {**METHODS[method], "pause": True})
+    for owner in (module, vae_module):
+        monkeypatch.setattr(owner, "LatentConfig", PauseConfig)
+        monkeypatch.setattr(owner, "LatentReasoner", PauseReasoner)
+    monkeypatch.setattr(PauseReasoner, "from_pretrained", partial(LatentReasoner.from_pretrained.__func__,
+                                                                  LatentReasoner))
+    cfg = resolve({"stage": "vae", "method": "pause", "init": str(tmp_path)})
+    with monkeypatch.context() as patch:
+        patch.setattr(vae_module, "LatentConfig", LatentConfig)  # what is on disk is of the old method
+        model, _ = build(cfg, Run(cfg, "vae"))
+    assert model.config.method == "pause" and "pause" in model.state_dict()
+    assert "only its policy is kept" in capsys.readouterr().out
+
+
 def test_a_new_run_replaces_a_broken_log(tmp_path, data):
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "metrics.jsonl").write_text("a note\n")
     train(command(tmp_path, data, "--max_iters", "1"))
     assert [row["step"] for row in metrics(tmp_path / "vae")] == [1, 1]  # losses, validation
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_runs_are_named_by_what_they_train(tmp_path, vae, data, method):
+    """--stage rl takes the run of its --method, and every folder is another."""
+    names = [module.run_name(kind, m) for kind in ("vae", "rl") for m in METHODS]
+    assert len(set(names)) == len(names)
+    own = tmp_path / Run(Config(method=method), "vae").name
+    shutil.copytree(vae / "vae", own)
+    cfg = resolve(parse(["--stage", "rl", "--method", method, "--out_dir", str(tmp_path)]))
+    assert cfg.init == str(find_checkpoint(own))
+    assert Run(cfg, "rl").dir == tmp_path / module.run_name("rl", method)
+    assert [module.run_name(kind, "atp") for kind in ("vae", "rl")] == ["vae", "rl"]
+
+
+@pytest.mark.parametrize("held", ({"run": "simcot"}, {"run": "rl"}, {"run": None}))
+def test_a_folder_with_a_run_of_another_kind_is_never_cleared(tmp_path, vae, data, held):
+    shutil.copytree(vae / "vae", tmp_path / "vae")
+    file = find_checkpoint(tmp_path) / "train.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | held))
+    before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+    with pytest.raises(ValueError, match="of another run than vae: move it, or give another --out_dir"):
+        train(command(tmp_path, data, "--max_iters", "1"))
+    with pytest.raises(ValueError, match="of another run or version"):
+        train(command(tmp_path, data, "--max_iters", "8", "--resume"))
+    assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
 
 
 def test_rl_does_not_sample_with_an_untrained_sigma(tmp_path, data):
@@ -217,25 +282,9 @@ def test_of_a_checkpoint_with_other_parts_the_policy_is_kept(tmp_path, data, vae
         train(command(tmp_path, data, *started, stage="rl"))
     capsys.readouterr()
     train(command(tmp_path / "b", data, *started))
-    start = find_checkpoint(tmp_path / "vae")
+    start = find_checkpoint(tmp_path / "simcot")
     said = f"vae: {start} has other parts (heads, decoder): only its policy is kept\n"
     assert said in capsys.readouterr().out
-
-
-def test_newest_checkpoint(tmp_path, monkeypatch):
-    """The newest run's, and in a run the latest step's: a folder that was copied has files of any age."""
-    def make(name, age):
-        (tmp_path / name).mkdir(parents=True)
-        for file in ("train.json", "latent.json"):
-            (tmp_path / name / file).touch()
-            os.utime(tmp_path / name / file, (age, age))
-    make("a/step-0000002", 8)
-    make("a/step-0000001", 9)
-    make("b/step-0000007", 7)
-    assert find_checkpoint(tmp_path) == tmp_path / "a/step-0000002"
-    assert find_checkpoint(tmp_path / "b") == tmp_path / "b/step-0000007"
-    monkeypatch.chdir(tmp_path / "a/step-0000001")
-    assert find_checkpoint(".") == Path(".")
 
 
 def test_data_order_is_a_function_of_seed_and_step():
@@ -287,12 +336,12 @@ def test_all_stages_in_turn_and_resume(tmp_path, data, capsys, monkeypatch):
 def test_closing_table_is_of_the_task_trained_on(task, sets, vae, monkeypatch, capsys):
     seen = []
 
-    def measured(model, tokenizer, encoded, *_):
+    def measured(model, tokenizer, encoded, **_):
         seen.append((encoded[0].example.id.split(":")[0], len(encoded)))
         return {"n": len(encoded), "accuracy": 0.5, "tokens": 2.0, "latents": 0.0, "coherence": 0.0}, []
 
-    monkeypatch.setattr(module.evaluation, "evaluate", measured)
-    report(resolve(parse(["--data", task])), {"untrained": vae})
+    monkeypatch.setattr(eval, "evaluate", measured)
+    report(resolve(parse(["--data", task])), [("untrained", vae)])
     assert seen == [(f"{name}_test.txt", 1000) for name in sets]
     head, _, row = capsys.readouterr().out.splitlines()
     assert cells(head)[:1 + len(sets)] == ["", *sets] and cells(row)[:2] == ["untrained", "50.0"]
@@ -351,15 +400,71 @@ def test_a_pretrained_llama_has_the_released_recipe(llama):
     """METHOD, section 10: what the paper's code and configuration have."""
     cfg = resolve(parse(["--init", llama]))
     assert (cfg.data, cfg.cot_epochs, cfg.max_steps, cfg.thoughts_per_step) == ("gsm8k_aug", 0, 10, 2)
-    assert (cfg.lr, cfg.min_lr, cfg.warmup, cfg.clip) == (1e-4, 1, 0, 0)
+    assert (cfg.lr, cfg.min_lr, cfg.warmup, cfg.grad_clip) == (1e-4, 1, 0, 0)
     assert (cfg.weight_decay, cfg.decay_all, cfg.beta2) == (0.01, True, 0.999)
     assert (cfg.rl_lr, cfg.questions_per_step, cfg.group, cfg.minibatch, cfg.rl_iters) == (1e-6, 16, 8, 16, 0)
-    assert (cfg.rl_clip, cfg.latent_grad, cfg.std_norm, cfg.latent_mean) == (1, "score", True, False)
+    assert (cfg.rl_grad_clip, cfg.latent_grad, cfg.std_norm, cfg.latent_mean) == (1, "score", True, False)
     assert (cfg.w_acc, cfg.w_fmt, cfg.w_coh, cfg.beta_kl, cfg.decode_coef) == (1, 0.5, 0.1, 1e-3, 1)
-    for method, steps in (("atp", 10), ("simcot", 3), ("coconut", 3)):
+    for method, steps, epochs in (("atp", 10, 2), ("simcot", 3, 3), ("coconut", 3, 3), ("cot", 10, 2)):
         cfg = resolve(parse(["--init", llama, "--method", method]))
-        assert (cfg.max_steps, cfg.epochs_per_stage * cfg.max_steps + cfg.final_epochs) == (steps, 25)
+        assert (cfg.max_steps, cfg.epochs_per_stage) == (steps, epochs)
+        assert cfg.epochs_per_stage * cfg.max_steps + cfg.final_epochs == 25
     assert resolve(parse(["--init", llama, "--method", "coconut", "--max_steps", "5"])).max_steps == 5
+
+
+def test_settings_name_fields():
+    """Presets are valid settings. What a resumed run may change, or a new one does not take over, exists."""
+    for name, values in PRESETS.items():
+        assert vars(Config(**values)).items() >= values.items() and values["preset"] == name
+    assert RESUMABLE | NOT_INHERITED | module.THREE_STEPS.keys() <= FIELDS.keys()
+
+
+def steps_of(*flags):
+    cfg = resolve(parse(flags))
+    return cfg.method, cfg.max_steps, cfg.epochs_per_stage, cfg.final_epochs, cfg.cot_epochs
+
+
+def saved(folder, **settings):
+    """A checkpoint with the settings that a run with these would have saved."""
+    ckpt = folder / "step-0000001"
+    ckpt.mkdir(parents=True)
+    (ckpt / "train.json").write_text(json.dumps({"step": 1, "config": vars(resolve(settings))}))
+    (ckpt / "latent.json").touch()
+    return str(folder)
+
+
+def test_pretrained_methods_have_their_steps_whatever_they_start_from(tmp_path, llama):
+    """CoT -> Coconut -> SIM-CoT, then ATP: 3 steps of 2 for the former, 10 for the latter. Text is learned
+    once."""
+    cot = saved(tmp_path / "cot", stage="cot", init=llama)
+    assert steps_of("--stage", "vae", "--init", cot)[:2] == ("atp", 10)
+    coconut = ["--stage", "vae", "--method", "coconut", "--init", cot]
+    assert steps_of(*coconut) == ("coconut", 3, 3, 16, 0)
+    assert steps_of(*coconut, "--max_steps", "5", "--cot_epochs", "1") == ("coconut", 5, 3, 16, 1)
+    coconut = saved(tmp_path / "coconut", init=cot, method="coconut")
+    assert steps_of("--init", coconut, "--method", "simcot") == ("simcot", 3, 3, 16, 0)
+    assert steps_of("--init", coconut, "--method", "atp") == ("atp", 10, 2, 5, 0)
+    simcot = saved(tmp_path / "simcot", init=coconut, method="simcot", max_steps=4)
+    assert steps_of("--init", simcot, "--stage", "rl")[:2] == ("simcot", 4)  # the same method: as it was
+
+
+def test_text_is_not_learned_twice(tmp_path):
+    """From nothing too. Steps are then as the earlier run had them."""
+    cot = saved(tmp_path / "cot", stage="cot", max_steps=4)
+    assert steps_of("--init", cot) == ("atp", 4, 1.2, 9.6, 0)
+    assert steps_of("--init", cot, "--method", "coconut", "--cot_epochs", "2") == ("coconut", 4, 1.2, 9.6, 2)
+    coconut = saved(tmp_path / "coconut", method="coconut")
+    assert steps_of("--init", coconut, "--method", "simcot")[-1] == 0
+    assert steps_of("--init", coconut)[-1] == 12  # the same method goes on as it was
+    nocot = saved(tmp_path / "nocot", method="nocot")
+    assert steps_of("--init", nocot, "--method", "atp")[-1] == 12  # it has not seen a step
+
+
+def test_home_folder_in_paths(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    paths = ("out_dir", "init", "data", "data_dir")
+    given = parse([f"--{name}=~/a" for name in paths])
+    assert given == dict.fromkeys(paths, "/home/somebody/a")
 
 
 @pytest.mark.parametrize("stage, flags, precision", [
@@ -431,7 +536,7 @@ def test_clip_0_leaves_gradients_alone(clip, norm):
 
 def command_line(script, *args):
     whole = [sys.executable, str(ROOT / script), *args]
-    return subprocess.run(whole, capture_output=True, text=True, timeout=120)
+    return subprocess.run(whole, capture_output=True, text=True, timeout=3600)  # against a hang alone
 
 
 @pytest.mark.parametrize("args, words", [
@@ -439,9 +544,13 @@ def command_line(script, *args):
     (["--method", "magic"], "--method"), (["--init", "nowhere"], "nowhere"),
     (["--stage", "rl", "--out_dir", "nowhere"], "nowhere"),
     (["--heads", "5"], "--heads"), (["--minibatch", "7"], "--minibatch"), (["--group", "1"], "--group"),
+    (["--group", "4"], "--minibatch 512: with --questions_per_step 64, --group 4 it is 64 x a divisor of 4"),
+    (["--epochs", "3"], "--epochs 3"), (["--micro_batch", "0"], "--micro_batch"),
+    (["--init", "meta-llama/Llama-3.2-1B-Instruct"], "no folder with config.json of a downloaded model"),
+    (["--init", "."], "no folder with config.json of a downloaded model"),
     (["--lr", "nan"], "--lr"), (["--lr", "-1"], "--lr"), (["--data", "nothing"], "nothing"),
     (["--stage", "vae", "--data", "gsm8k", "--data_dir", "nowhere"], "data.py gsm8k"),
-    (["--batch_size", "0"], "--batch_size"), (["--rl_clip", "inf"], "--rl_clip"),
+    (["--batch_size", "0"], "--batch_size"), (["--rl_grad_clip", "inf"], "--rl_grad_clip"),
     (["--max_steps", "256"], "--max_steps"), (["--method", "simcot", "--vae", "yes"], "--vae"),
     (["--method", "cot", "--decode", "yes"], "--decode"),
     (["--stage", "cot", "--method", "simcot"], "--stage cot"),
@@ -467,7 +576,78 @@ def test_coherence_alone_needs_a_decoder(tmp_path, warm, data):
         train(command(tmp_path, data, *flags, stage="rl"))
 
 
+def test_compile_needs_a_compiler(tmp_path, data, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match="--compile yes on a CPU needs a C.. compiler: .* no-such-compiler"):
+        train(command(tmp_path, data, "--compile", "yes"))
+    assert not list(tmp_path.iterdir())
+
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+
+
+def test_a_system_without_fcntl_is_one_line():
+    done = python("import sys; sys.modules['fcntl'] = None; import train")
+    assert done.returncode == 1 and done.stderr == (
+        "error: train.py runs on Linux and macOS; this Python has no fcntl\n")
+
+
+def test_nohup_is_respected():
+    code = "import signal; {}; import train; print(signal.SIGHUP in train.ASK_TO_STOP)"
+    ignore = "signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+    assert [python(code.format(first)).stdout for first in (ignore, "pass")] == ["False\n", "True\n"]
+
+
+@pytest.mark.parametrize("number", ("ENOSYS", "ENOLCK", "EOPNOTSUPP"))
+def test_a_disk_without_locks_is_a_warning(tmp_path, data, number, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(getattr(errno, number), "no locks")
+
+    monkeypatch.setattr(module.fcntl, "flock", flock)
+    train(command(tmp_path, data, "--max_iters", "1"))
+    assert capsys.readouterr().out.count("warning: no locks on the disk of") == 1
+    assert find_checkpoint(tmp_path / "vae").name == "step-0000001"
+
+
 # --- ends and resumes ---
+
+def test_a_stdout_that_nobody_reads_ends_no_run(tmp_path, vae, data):
+    """As after `| head -1`: the pipe is broken from the first line on."""
+    read, write = os.pipe()
+    os.close(read)
+    args = command(tmp_path, data, "--max_iters", "8")
+    whole = [sys.executable, str(ROOT / "train.py"), *args]
+    done = subprocess.run(whole, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert_same(weights(tmp_path, "vae"), weights(vae, "vae"), exact=True)
+
+
+def test_resume_refuses_other_training_data(tmp_path, vae, data):
+    """Of the same name and as many questions. What it began with is taken again."""
+    shutil.copytree(vae / "vae", tmp_path / "vae")
+    resume, raw = ["--stage", "vae", "--resume", "--out_dir", str(tmp_path)], Path(data).read_text()
+    lines = raw.splitlines(keepends=True)
+    log = (tmp_path / "vae" / "metrics.jsonl").read_bytes()
+    try:
+        Path(data).write_text("".join([lines[1], lines[0], *lines[2:]]))
+        with pytest.raises(ValueError, match=f"--data {data}: not the training data that .* was trained on"):
+            train(resume)
+    finally:
+        Path(data).write_text(raw)
+    assert (tmp_path / "vae" / "metrics.jsonl").read_bytes() == log
+    train(resume)
+
+
+def test_validation_takes_the_run_s_own_limit(tmp_path, warm, data, monkeypatch):
+    """And its checkpoint says it to eval.py."""
+    seen, real = [], module.evaluate
+    monkeypatch.setattr(module, "evaluate", lambda *a, **k: seen.append(k["max_answer"]) or real(*a, **k))
+    train(command(tmp_path, data, "--max_iters", "1", "--max_answer", "5", "--init", str(warm), stage="rl"))
+    assert seen == [5, 5]
+    assert json.loads((find_checkpoint(tmp_path) / "train.json").read_text())["config"]["max_answer"] == 5
+
 
 @pytest.mark.parametrize("stage", ("vae", "rl"))
 def test_gradient_that_is_not_finite_stops_before_the_step(tmp_path, data, warm, stage, monkeypatch):
@@ -515,7 +695,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, vae, data, monkeyp
     train(command(tmp_path, data, "--max_iters", "2"))  # the folder is free again
 
 
-@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1))
 def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, vae, data, number, monkeypatch):
     """The step is finished, the checkpoint written, the exit status 128 + signal; --resume needs no setting
     again."""
@@ -539,26 +719,41 @@ def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, vae, data, number, mo
 
 def test_a_second_signal_stops_at_once():
     run = Run(Config(), "vae")
-    before = {number: signal.signal(number, run.ask_to_stop) for number in module.SIGNALS}
+    before = {number: signal.signal(number, run.ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     os.kill(os.getpid(), signal.SIGTERM)
     assert run.asked_to_stop()
     assert [signal.signal(number, before[number]) for number in before] == [signal.SIG_DFL] * 2
 
 
-def test_resume_takes_the_divergence_from_the_same_start(tmp_path, warm, rl, data, monkeypatch):
+@pytest.fixture
+def rl_at_1(tmp_path, warm, data, monkeypatch):
+    """Stops RL at its first step. What it began with, out/vae, is moved away."""
+    def stopped(*flags):
+        shutil.copytree(warm / "vae", tmp_path / "vae")
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "asked_to_stop", lambda run: True)
+            with pytest.raises(SystemExit):
+                train(command(tmp_path, data, "--max_iters", "3", *flags, stage="rl"))
+        assert find_checkpoint(tmp_path / "rl").name == "step-0000001"
+        (tmp_path / "vae").rename(tmp_path / "moved")
+        return ["--stage", "rl", "--resume", "--out_dir", str(tmp_path)]
+    return stopped
+
+
+def test_resume_takes_the_divergence_from_the_same_start(tmp_path, rl, rl_at_1):
     """Wherever that is by now; an empty place is refused."""
-    shutil.copytree(warm / "vae", tmp_path / "vae")
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "asked_to_stop", lambda run: True)
-        with pytest.raises(SystemExit):
-            train(command(tmp_path, data, "--max_iters", "3", stage="rl"))
-    assert find_checkpoint(tmp_path / "rl").name == "step-0000001"
-    resume = ["--stage", "rl", "--resume", "--out_dir", str(tmp_path)]
-    (tmp_path / "vae").rename(tmp_path / "moved")
-    with pytest.raises(FileNotFoundError, match="vae: no checkpoint there"):
+    resume = rl_at_1()
+    with pytest.raises(FileNotFoundError, match="--kl_coef needs .*vae.*, which is gone .--init"):
         train(resume)
     train([*resume, "--init", str(tmp_path / "moved")])
     assert_same(weights(tmp_path, "rl"), weights(rl, "rl"), exact=True)
+
+
+def test_without_divergence_resume_needs_only_its_own_checkpoint(tmp_path, warm, data, rl_at_1):
+    train(rl_at_1("--kl_coef", "0"))
+    train(command(tmp_path / "whole", data, "--max_iters", "3", "--kl_coef", "0", "--init", str(warm),
+                  stage="rl"))
+    assert_same(weights(tmp_path, "rl"), weights(tmp_path / "whole", "rl"), exact=True)
 
 
 @pytest.mark.parametrize("flag, value, was", [
@@ -568,15 +763,14 @@ def test_resume_refuses_to_become_another_run(vae, data, flag, value, was):
     said = f"--{flag} {value}: --resume goes on with a run that has --{flag} {was} "
     with pytest.raises(ValueError, match=said):
         train(command(vae, data, *flags))
-    free = [name for name, f in FIELDS.items() if f.metadata.get("free")]
-    assert flag not in free and "keep" in free
+    assert flag not in RESUMABLE and "keep" in RESUMABLE
 
 
 def test_the_newest_checkpoints_are_kept(tmp_path, data):
     """Only the newest has the optimizer."""
     train(command(tmp_path, data, "--max_iters", "8", "--eval_every", "1", "--save_every", "1", "--keep", "2",
                   "--method", "nocot"))
-    found = sorted((tmp_path / "vae").glob("step-*"))
+    found = sorted((tmp_path / "nocot").glob("step-*"))
     assert [p.name for p in found] == ["step-0000007", "step-0000008"]
     names = [{f.name for f in p.iterdir()} for p in found]
     assert names[1] == {*names[0], "optimizer.safetensors"} != names[0]
@@ -612,7 +806,7 @@ def test_metrics_that_cannot_be_written_are_one_line(tmp_path, broken, capsys):
         run.dir.mkdir()
         (run.dir / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(SystemExit) as e:
-        cli(lambda: run.log(step=1))
+        cli(lambda: run.log(0))
     err = capsys.readouterr().err
     assert e.value.code in (1, 2) and "No s" in err and err.count("\n") == 1
 
@@ -637,7 +831,7 @@ def test_resume_refuses_what_would_break_it(tmp_path, vae, data):
     whole = json.loads((ckpt / "train.json").read_text())
     for change in ({"logged": None}, {"logged": -1}, {"logged": "x"}, {"step": -1}):
         (ckpt / "train.json").write_text(json.dumps({**whole, **change}))
-        with pytest.raises(ValueError, match="train.json: broken or of another version"):
+        with pytest.raises(ValueError, match="train.json: broken or of another run or version"):
             train(resume)
     assert (tmp_path / "vae" / "metrics.jsonl").read_bytes() == log
 
@@ -649,35 +843,19 @@ def test_a_log_that_is_removed_costs_no_checkpoint(tmp_path, data, monkeypatch):
     assert find_checkpoint(tmp_path / "vae").name == "step-0000002"
 
 
-def test_as_many_rows_as_fit(tmp_path, data, monkeypatch):
-    """--micro_batch 0 on a GPU, here a CPU that says that it is one: a process's share of the batch, of fewer
-    examples too, and half as often as it has no room. Fewer rows than the share must also fit beside the gradients."""
-    cfg = resolve(parse(command(tmp_path, data, "--micro_batch", "0")))
-    run, tried = Run(cfg, "vae"), []
-    run.gpu = True
-    run.model, run.tokenizer = build(cfg, run)
-    examples = read_data(run, "train")
+@pytest.mark.parametrize("stage, rows, advice", [
+    ("vae", "6", "--micro_batch 3"), ("vae", "64", "--micro_batch 4"), ("rl", "64", "--micro_batch 4")])
+def test_out_of_memory_is_one_line(tmp_path, warm, data, stage, rows, advice, monkeypatch, capsys):
+    """Half of what a pass had: --micro_batch, or the whole batch where that is smaller. Exit status 1."""
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
-    def limited(batch):
-        weight = run.model.policy.norm.weight
-        tried.append(len(batch.steps) if weight.grad is None else "beside gradients")
-        if len(batch.steps) > limit:
-            raise torch.OutOfMemoryError
-        return {"answer": weight.sum()}
-
-    monkeypatch.setattr(run.model, "forward", limited)
-    again = "beside gradients"
-    for limit, count, found, rows in ((8, 40, 8, [8]), (3, 40, 2, [8, 4, 2, again]), (8, 3, 8, [8]),
-                                      (0, 40, None, [8, 4, 2, 1])):
-        run.train = examples[:count]
-        tried.clear()
-        if limit:
-            module.fit_micro_batch(run, 1)
-            assert run.micro_batch == found and run.model.policy.norm.weight.grad is None
-        else:
-            with pytest.raises(ValueError, match="not even one example fits"):
-                module.fit_micro_batch(run, 1)
-        assert tried == rows
+    monkeypatch.setattr(torch.Tensor, "backward", full)
+    with pytest.raises(SystemExit) as e:
+        flags = [*stage_flags(stage, warm), "--micro_batch", rows]
+        cli(lambda: train(command(tmp_path, data, *flags, stage=stage)))
+    # the interpreter prints a text that SystemExit has, and its exit status is 1
+    assert e.value.code == f"error: out of memory: try {advice}"
 
 
 def test_optimizer_state_is_loaded_to_the_parameters_device(tmp_path):

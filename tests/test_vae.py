@@ -322,7 +322,7 @@ def test_new_tokens_take_free_rows_of_a_padded_vocabulary(tmp_path):
         net = oracle.tiny("nocot", rows=words + spare).policy
         net.save_pretrained(folder)
         args = train.parse(["--stage", "vae", "--init", str(folder), "--out_dir", str(tmp_path)])
-        run = SimpleNamespace(device=torch.device("cpu"), name="vae", say=print)
+        run = SimpleNamespace(device=torch.device("cpu"), rl=False, say=print)
         model, grown = train.build(train.resolve(args), run)
         assert (model.config.start_id, model.config.end_id) == (words, words + 1)
         assert model.config.vocab_size == grown.vocab_size == words + 2

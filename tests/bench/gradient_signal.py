@@ -5,9 +5,10 @@ from statistics import mean
 import torch
 
 from data import TEST_SETS, Tokenizer, encode_all, is_correct, load
+from eval import find_checkpoint, read_state
 from rl import LogProbs, advantages, score
 from train import batch_indices
-from vae import LatentReasoner, Noise, find_checkpoint, generator, read_state
+from vae import LatentReasoner, Noise, generator
 
 
 def opened(path):

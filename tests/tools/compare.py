@@ -2,19 +2,21 @@
 
     python tests/tools/compare.py out_0 out_1 out_2 --baseline out_0/vae
 
-Folders first, then eval.py's flags (but for --ckpt). Of each run in a folder the newest checkpoint is taken.
+Folders first, then eval.py's flags. Of each run in a folder the newest checkpoint is taken.
 """
 
 import os
 import re
 import sys
+from os.path import expanduser
 from pathlib import Path
+from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data import cli  # noqa: E402
-from eval import measure, over_sets, parser, read_sets, table  # noqa: E402
+from eval import (checkpoints, find_checkpoint, markdown, measure, over_sets, parser, read_sets,  # noqa: E402
+                  read_state, summary)
 from model import write_json  # noqa: E402
-from vae import checkpoints, find_checkpoint, read_state  # noqa: E402
 
 
 def gather(folders):
@@ -30,36 +32,49 @@ def gather(folders):
     return rows
 
 
-def compare(rows, base):
-    """Rows of `table` from {row: {seed: record}}, with differences to row `base`, paired by seed."""
-    for row in rows.keys() - {base}:
-        for seed in rows[row].keys() & rows[base].keys():
-            for name, start in rows[base][seed]["benchmarks"].items():
-                figures = rows[row][seed]["benchmarks"][name]
-                figures[f"to {base}"] = figures["accuracy"] - start["accuracy"]
-    return [(row, *(record["benchmarks"] for record in seeds.values())) for row, seeds in rows.items()]
+def gain(runs, base):
+    """Mean difference in accuracy to base's runs ({seed: figures}) of the same seed, over sets and seeds, ±
+    its standard error. "" where no seed is the same."""
+    accuracy = lambda run: 100 * over_sets(run)["accuracy"]
+    gains = [accuracy(runs[seed]) - accuracy(base[seed]) for seed in runs.keys() & base.keys()]
+    error = f" ± {stdev(gains) / len(gains)**0.5:.1f}" if len(gains) > 1 else ""
+    return f"{mean(gains):+.1f}{error}" if gains else ""
+
+
+def compare(rows, base, names):
+    """The table of {row: {seed: record}}: accuracy on each set, the gain to row `base`, then the means."""
+    figures_of = lambda seeds: {seed: record["benchmarks"] for seed, record in seeds.items()}
+    table = {}
+    for row, runs in zip(rows, map(figures_of, rows.values())):
+        difference = "" if row == base else gain(runs, figures_of(rows[base]))
+        accuracy, whole = summary([*runs.values()], []), summary([*runs.values()], names)
+        table[row] = accuracy | {f"to {base}": difference} | whole  # | keeps the columns' first places
+    return markdown(table)
 
 
 def main(argv=None):
     p = parser()
     p.add_argument("folders", nargs="+", metavar="DIR", help="all runs in these folders")
-    p.add_argument("--baseline", help="run whose row others are compared with (the first)")
-    args = p.parse_args(argv)
-    data, rows = read_sets(args), gather(args.folders)
+    p.add_argument("--baseline", type=expanduser, help="run whose row others are compared with (the first)")
+    flags = vars(p.parse_args(argv))
+    folders, baseline, file = map(flags.pop, ("folders", "baseline", "json"))
+    data, rows = read_sets(flags), gather(folders)
     base = next(iter(rows))
-    if args.baseline:
-        start = find_checkpoint(args.baseline).resolve()
+    if baseline:
+        start = find_checkpoint(baseline).resolve()
         base = next((row for row, seeds in rows.items() if start in seeds.values()), None)
     if base is None:
-        raise ValueError(f"--baseline {args.baseline}: not one of the runs to compare")
+        raise ValueError(f"--baseline {baseline}: not one of the runs to compare")
+    if file:
+        open(file, "a").close()  # what cannot be written fails now, not after the work
     for row, seeds in rows.items():
         for seed, ckpt in seeds.items():
-            seeds[seed] = {"row": row, **measure(ckpt, data, args)}
+            seeds[seed] = {"row": row, **measure(ckpt, data, **flags)}
     records = [record for seeds in rows.values() for record in seeds.values()]
-    names = [name for name in over_sets(records[0]["benchmarks"]) if name != "accuracy"]
-    print(table(compare(rows, base), [f"to {base}", *names[1:]]))
-    if args.json:
-        write_json(args.json, records)
+    names = [n for n in over_sets(records[0]["benchmarks"]) if n not in ("n", "accuracy")]
+    print(compare(rows, base, names))
+    if file:
+        write_json(file, records)
 
 
 if __name__ == "__main__":

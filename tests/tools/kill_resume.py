@@ -49,7 +49,7 @@ def start(*args, processes=1):
 
 
 def finish(process):
-    """Wait for the end of a run that must succeed. Its steps are counted, so it ends on a slow machine too."""
+    """Wait for the end of a run that must succeed. Its number of steps ends it, not a clock."""
     _, said = process.communicate()
     if process.returncode:
         raise RuntimeError(f"exit status {process.returncode}: {said.strip()}")
@@ -74,6 +74,7 @@ def contents(ckpt):
     for name in ("resume", "out_dir"):
         state["config"].pop(name)
     state.pop("logged")  # the clocks of metrics.jsonl have more or fewer digits
+    state.pop("saved")  # when
     return {**files, "train.json": state}
 
 
