@@ -15,7 +15,6 @@ import math
 import statistics
 from pathlib import Path
 
-import eval as evaluation
 import oracle
 import pytest
 import rl
@@ -27,7 +26,6 @@ from rl import LogProbs, divergence, rl_step
 from safetensors.torch import load_file
 from vae import METHODS, RL_NOISE, LatentReasoner, Noise, collate, generator
 
-GRAD_CLIP, RL_GRAD_CLIP = "clip", "rl_clip"  # names of two settings
 BETA1 = 0.9  # AdamW's, which is no setting
 COVERED = set()  # settings that a test of this file changes
 
@@ -36,7 +34,7 @@ ELSEWHERE = {  # settings that a test of another file changes
     "data": "test_train.py: test_closing_table_is_of_the_task_trained_on",
     "data_dir": "test_train.py: test_user_errors_of_train",
     "baseline": "test_train.py: test_all_stages_in_turn_and_resume",
-    "resume": "test_faults.py: test_killed_twice_and_resumed_equals_never_killed",
+    "resume": "test_faults.py: test_killed_and_resumed_equals_never_killed",
 }
 
 
@@ -52,11 +50,12 @@ LR = 0.3  # of gradient descent: large enough that ratios of a second minibatch 
 STEP = 5  # the number of the rl_step
 RL = dict(questions_per_step=2, group=4, minibatch=4, max_answer=5, latent_grad="score", device="cpu",
           w_acc=1.0, w_fmt=0.5, w_coh=0.25, ratio_clip=0.2, std_norm=False, latent_coef=1.0,
-          latent_mean=False, kl_coef=0.0, seed=0, micro_batch=128, **{RL_GRAD_CLIP: 0.0})
+          latent_mean=False, kl_coef=0.0, seed=0, micro_batch=128, rl_grad_clip=0.0)
 CASES = [dict(w_acc=2.0), dict(w_acc=0.0), dict(w_fmt=2.0), dict(w_fmt=0.0), dict(w_coh=2.0), dict(w_coh=0.0),
          dict(ratio_clip=0.02), dict(ratio_clip=0.9), dict(std_norm=True), dict(latent_coef=0.25),
-         dict(latent_coef=0.0), dict(latent_mean=True), dict(kl_coef=0.5), {RL_GRAD_CLIP: 0.1}, dict(group=2),
-         dict(minibatch=2), dict(minibatch=8), dict(max_answer=2), dict(seed=1), dict(questions_per_step=1)]
+         dict(latent_coef=0.0), dict(latent_mean=True), dict(kl_coef=0.5), dict(rl_grad_clip=0.1),
+         dict(group=2), dict(minibatch=2), dict(minibatch=8), dict(max_answer=2), dict(seed=1),
+         dict(questions_per_step=1)]
 COVERED.update(flag for case in CASES for flag in case)
 
 
@@ -163,7 +162,7 @@ def gradients_by_hand(model, cfg, reference=None):
         pieces = torch.autograd.grad(loss / cfg.minibatch, params, allow_unused=True)
         pieces = [torch.zeros_like(p) if g is None else g for p, g in zip(params, pieces)]
         norm = torch.cat([g.flatten() for g in pieces]).norm()
-        limit = getattr(cfg, RL_GRAD_CLIP) or math.inf
+        limit = cfg.rl_grad_clip or math.inf
         found.append(torch.cat([g.flatten() for g in pieces]) * min(1.0, limit / float(norm)))
         with torch.no_grad():
             for p, g in zip(params, found[-1].split([p.numel() for p in params])):
@@ -305,7 +304,7 @@ FLAGS = dict(hidden_size=16, layers=1, heads=2, intermediate_size=24, threads=1,
              thoughts_per_step=1, max_steps=2, cot_epochs=0.0, epochs_per_stage=1.0, final_epochs=1.0,
              warmup=0, min_lr=1.0, weight_decay=0.0, log_every=1, eval_every=0, eval_size=1, device="cpu",
              questions_per_step=4, group=4, minibatch=16, rl_warmup=0, rl_min_lr=1.0, w_coh=0.0, max_answer=4,
-             **{GRAD_CLIP: 0.0})
+             grad_clip=0.0)
 ONE_STEP = dict(max_iters=1)  # of the last stage, in which all reasoning steps are latent
 
 
@@ -490,13 +489,13 @@ def test_beta2(sft, beta2):
     assert_close(run.state("exp_avg_sq"), {name: (1 - beta2) * g**2 for name, g in run.gradient().items()})
 
 
-@covers(GRAD_CLIP)
+@covers("grad_clip")
 def test_gradients_are_clipped_to_their_norm(sft):
     norm = lambda run: math.sqrt(sum(float(g.square().sum()) for g in run.gradient().values()))
     free = sft(**ONE_STEP)
     assert norm(free) == pytest.approx(free.steps[0]["grad_norm"], rel=1e-4) and norm(free) > 1
     for limit, want in ((0.5, 0.5), (1e4, norm(free))):
-        run = sft(**{GRAD_CLIP: limit}, **ONE_STEP)
+        run = sft(grad_clip=limit, **ONE_STEP)
         assert norm(run) == pytest.approx(want, rel=1e-3)
         assert run.steps[0]["grad_norm"] == pytest.approx(norm(free), rel=1e-4)  # the norm before clipping
 
@@ -591,6 +590,26 @@ def test_latents_of_a_plan_without_a_stop_head(sft, c, steps):
     assert valid["latents"] == c * steps
 
 
+@covers("max_answer")
+@pytest.mark.parametrize("limit", (2, 5))
+def test_max_answer_limits_answers_of_validation(sft, limit):
+    """An untrained answer, here after two latents, goes on to the limit."""
+    valid = sft(method="coconut", lr=0.0, max_answer=limit, **ONE_STEP).lines[-1]["valid"]
+    assert (valid["latents"], valid["tokens"]) == (2, 2 + limit)
+
+
+@covers("preset")
+@pytest.mark.parametrize("preset", train.PRESETS)
+def test_a_preset_gives_its_settings(preset):
+    """A flag that is given goes before it; a setting that it does not name is Config's own."""
+    plain, cfg = train.resolve({}), train.resolve({"preset": preset, "lr": 0.5})
+    changed = {name for name, value in vars(cfg).items() if value != getattr(plain, name)}
+    assert cfg.lr == 0.5 and len(changed) > 5
+    assert changed - {"preset", "annotated", "lr"} <= train.PRESETS[preset].keys()
+    for name, value in train.PRESETS[preset].items():
+        assert name == "lr" or getattr(cfg, name) == value, name
+
+
 # --- reinforcement learning from the command line ---
 
 @pytest.fixture
@@ -671,13 +690,13 @@ def test_what_rl_step_is_given(rl_run, sft):
 
 @covers("log_every", "eval_every", "eval_size", "save_every", "keep", "threads")
 def test_when_a_run_logs_and_validates_and_saves(new_run, monkeypatch):
-    sizes, threads, evaluate = [], [], evaluation.evaluate
+    sizes, threads, evaluate = [], [], train.evaluate
 
     def counted(model, tokenizer, encoded, *args, **more):
         sizes.append(len(encoded))
         return evaluate(model, tokenizer, encoded, *args, **more)
 
-    monkeypatch.setattr(evaluation, "evaluate", counted)
+    monkeypatch.setattr(train, "evaluate", counted)
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     flags = dict(epochs_per_stage=0.0, final_epochs=6.0, batch_size=8)  # six steps of one stage
     for log, validate, size, save, keep, steps, valid, saved in (
