@@ -1,5 +1,5 @@
-"""What `python tests/bench/bench.py --ratios` prints: how far one optimizer step moves the density of a latent,
-at the paper's settings (--latent_grad score).
+"""What `python tests/bench/bench.py --ratios` prints: how far one optimizer step moves the density of a
+latent, at the paper's settings (--latent_grad score).
 
 Random fp32 weights of width d, 16 questions x 8 rollouts of 3 steps of 2 latents, random rewards; minibatches
 of 16 rollouts, AdamW with lr 1e-6, gradient norm clipped at 1, ratios at 0.2, log-ratios clamped to +-3."""
