@@ -69,7 +69,7 @@ class LLaMAConfig:
         if config.rope_scaling and not 0 < rope["low_freq_factor"] < rope["high_freq_factor"] < math.inf:
             raise ValueError("rope_scaling needs 0 < low_freq_factor < high_freq_factor")
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        if config.eos_token_id is not None and not all(type(i) is int and abs(i) < 2**31 for i in ends):
+        if ends != [None] and not all(type(i) is int and abs(i) < 2**31 for i in ends):
             raise ValueError(f"eos_token_id must be integers, not {ends}")
         return config
 
@@ -122,11 +122,10 @@ def product_dtype(x):
 
 
 class KVCache:
-    """Keys and values of each layer: a prefix that was read, and the tail of what follows it."""
+    """prefix: k, v (Q, KV, S, D) of each layer, of which the columns `mask` (Q, S) are tokens. tail: N.
+    weights: the matrices of each layer in the dtype of products."""
 
     def __init__(self, prefix, mask, tail, group, weights):
-        """prefix: k, v (Q, KV, S, D) of each layer. mask (Q, S): columns of it that are tokens. tail: N.
-        weights: the matrices of each layer in the dtype of products."""
         self.prefix = [(k.contiguous(), v.contiguous()) for k, v in prefix]
         k = self.prefix[0][0]
         Q, KV, self.filled, D = k.shape  # filled: columns written so far
@@ -138,8 +137,8 @@ class KVCache:
         self.graph = self.graph_inputs = self.graph_output = None
 
     def add_columns(self, mask, dtype):
-        """T new columns, tokens where `mask` (B, T) is set. Returns their positions (B, T), their place in
-        the tail (T,), and attention's bias (Q, 1, G, 1, T, S + N): -inf at what may not be seen."""
+        """T new columns, tokens where `mask` (B, T) is set. Returns positions (B, T), which columns of the
+        tail they are (T,), and attention's bias (Q, 1, G, 1, T, S + N): -inf at what may not be seen."""
         columns = torch.arange(self.mask.shape[1], device=mask.device)
         start, self.filled = self.filled, self.filled + mask.shape[1]
         new = columns[start:self.filled]
@@ -151,8 +150,8 @@ class KVCache:
         return positions, new - (len(columns) - self.size), bias
 
     def replay(self, f, *inputs):
-        """f(*inputs), with inputs of the same shapes each time. From the second call on it is a CUDA graph,
-        one launch. A graph knows addresses alone: all that f reads and writes must stay where it is."""
+        """f(*inputs), whose shapes stay. From the second call on it is a CUDA graph, one launch, which knows
+        addresses alone: all that f reads and writes stays where it is."""
         if self.graph_inputs is None:  # the first call compiles and loads kernels, which a capture cannot
             self.graph_inputs = inputs
             return f(*inputs)
@@ -166,17 +165,16 @@ class KVCache:
 
 
 def causal_attention(q, k, v, packed):
-    """Attention in a wide pass. q, k, v (B, T, heads, D), or packed (1, M, heads, D) -> y alike, and k, v
-    (B, KV, T, D) for a cache. packed: (index, B, T) of a Padded, or None."""
+    """q, k, v (B, T, heads, D), or (1, M, heads, D) packed by (index, B, T) -> y alike, and k, v
+    (B, KV, T, D) for a cache."""
     if packed is not None:  # only attention sees padding: all other work is on tokens alone
         index, B, T = packed
         q, k, v = (t.new_zeros(B * T, *t.shape[2:]).index_copy(0, index, t[0]).unflatten(0, (B, T))
                    for t in (q, k, v))
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, D)
-    gqa = q.shape[1] > k.shape[1]
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa).transpose(1, 2)
-    y = y if packed is None else y.flatten(0, 1).index_select(0, index)[None]
-    return y, k, v
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] > k.shape[1])
+    y = y.transpose(1, 2)
+    return y if packed is None else y.flatten(0, 1).index_select(0, index)[None], k, v
 
 
 def cached_attention(q, k, v, prefix_k, prefix_v, tail_k, tail_v, columns, bias):
@@ -214,7 +212,7 @@ class Block(nn.Module):
                                   "down_proj": linear(self.width, d)})
 
     def forward(self, x, rope, weights, past=None, packed=None, wanted=None):
-        """x (B, T, d) -> x, (k, v). past: what cached_attention takes after q, k, v; None: a wide pass.
+        """x (B, T, d) -> x, (k, v). past: what cached_attention takes after q, k, v; None: causal_attention.
         Only positions `wanted` (R,), indices into T, are finished and returned."""
         qkv_proj, o_proj, gate_up_proj, down_proj = weights
         q, k, v = self.qkv(x, rope, qkv_proj)
@@ -258,7 +256,7 @@ class LLaMA(nn.Module):
         self.add_tokens()
 
     def compile_blocks(self, backend="inductor"):
-        """Compile Block.forward unbound: it takes its layer as an argument, so one compilation serves all."""
+        """Block.forward is compiled unbound: it takes its layer as an argument, so that all share one."""
         torch._dynamo.config.recompile_limit = 64  # there are more kinds of passes than 8
         torch.fx.experimental._config.use_duck_shape = False  # sizes equal once need not stay so
         # or backward writes over a saved tensor while it needs a saved view of it: wrong gradients (2.13)
@@ -272,11 +270,11 @@ class LLaMA(nn.Module):
         return self.logits(self.read(self.embed_tokens(tokens))[0])
 
     def read(self, embeds, padded=None, wanted=None, tail=0, group=1):
-        """A causal pass over embeddings (B, T, d). Returns the last hidden states (B, T, d) and, with a tail
-        of columns to go on with, a KVCache for `group` rows a question (else None).
+        """A causal pass over embeddings (B, T, d) -> last hidden states (B, T, d) and, if it has a tail to go
+        on with, a KVCache of `group` rows a question (else None).
 
-        padded: the Padded whose embeddings they are. Then only tokens are computed, and the hidden states
-        are those (R, d) of the tokens `wanted` (R,), indices into padded.index."""
+        padded: the Padded that was embedded. Then only its tokens are computed, and the hidden states are
+        those (R, d) of the tokens `wanted` (R,), indices into padded.index."""
         B, T = embeds.shape[:2]
         embeds = embeds.to(self.embed_tokens.weight.dtype)
         if padded is None:
@@ -285,8 +283,8 @@ class LLaMA(nn.Module):
         else:
             packed, positions, mask = (padded.index, B, T), padded.index % T, padded.mask
             embeds = embeds.flatten(0, 1).index_select(0, padded.index)[None]  # (1, M, d)
-        x = embeds.clone(memory_format=torch.contiguous_format)  # compiled code would depend on a view's base
-        dtype = product_dtype(x)
+        # compiled code would depend on a view's base
+        x, dtype = embeds.clone(memory_format=torch.contiguous_format), product_dtype(embeds)
         weights = [[p.to(dtype) for p in layer.parameters() if p.dim() > 1] for layer in self.layers]
         rope, run, prefix = self.rope(positions[None], x.dtype), self.block_of_width(T), []
         for i, layer in enumerate(self.layers):
@@ -299,11 +297,10 @@ class LLaMA(nn.Module):
         return x if padded is None else x[0], cache
 
     def step(self, embeds, cache, mask=None):
-        """The next T columns of the rows of a cache: embeddings (B, T, d) -> last hidden states (B, T, d).
-        mask (B, T): which are tokens (None: all); the others are seen by nobody."""
-        B, T = embeds.shape[:2]
-        embeds = embeds.to(self.embed_tokens.weight.dtype)
-        x = embeds.clone(memory_format=torch.contiguous_format)
+        """The next T columns of a cache: embeddings (B, T, d) -> last hidden states (B, T, d). mask (B, T):
+        which are tokens (None: all); nobody sees the others."""
+        (B, T), dtype = embeds.shape[:2], self.embed_tokens.weight.dtype
+        x = embeds.to(dtype).clone(memory_format=torch.contiguous_format)
         mask = torch.ones(B, T, dtype=torch.bool, device=x.device) if mask is None else mask
         positions, *past = cache.add_columns(mask, x.dtype)
         run = partial(self.step_layers, cache)
@@ -326,8 +323,7 @@ class LLaMA(nn.Module):
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
     def block_of_width(self, T):
-        """run_block, with activation checkpointing for wide passes: they keep much for backward and are
-        cheap to repeat. Single positions are neither."""
+        """run_block. Wide passes keep much for backward and are cheap to repeat; single positions are neither."""
         again = self.activation_checkpointing and T > 1 and torch.is_grad_enabled()
         return partial(checkpoint, self.run_block, use_reentrant=False) if again else self.run_block
 

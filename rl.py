@@ -50,8 +50,8 @@ def compute_rewards(model, rollout, examples, tokenizer, w_acc, w_fmt, w_coh):
         plans = model.plan_texts(rollout.plan.z[rows], rollout.plan.steps[rows], tokenizer)
         for row, plan in zip(rows, plans):
             coherent[row] = coherence(plan, extract_answer(texts[row]))
-    rewards = w_acc * correct + w_fmt * form + w_coh * coherent
-    return dict(rewards=rewards, accuracy=correct, well_formed=form, coherence=coherent, decoded=decoded)
+    reward = w_acc * correct + w_fmt * form + w_coh * coherent
+    return dict(reward=reward, accuracy=correct, well_formed=form, coherence=coherent, decoded=decoded)
 
 
 def group_advantages(rewards, group, std_norm):
@@ -149,9 +149,9 @@ def divergence(new, reference, rollout):
 
 
 def latent_log_ratio(new, old, rollout, latent_mean):
-    """Log-ratios (B, terms) of the choices made in latent space, and which count: each latent's density, with
-    log p(continue) added at the first latent of a reasoning step, then log p(stop). Without densities, each
-    p(continue) is a term of its own. None where there is neither."""
+    """Log-ratios (B, terms) of the choices in latent space, and which count; None without any. Each latent's
+    density, with log p(continue) added at the first of a reasoning step, then log p(stop). Without densities
+    each p(continue) is a term."""
     (N, c, d), steps, stopped = rollout.plan.z.shape[1:], rollout.plan.steps, rollout.plan.stopped
     stop_mask, terms = length_mask(steps + stopped, N + 1), []
     if new.latent is not None:
@@ -175,9 +175,8 @@ def clipped_term(log_ratio, mask, advantages, clip):
 
 
 def objective(new, old, rollout, advantages, total, ratio_clip, latent_coef, latent_mean):
-    """The loss, a share of the mean over `total` rollouts, and statistics: minus the sum of a term for answer
-    tokens and latent_coef times a term for latents and stop. new, old: Terms under the weights now and
-    before the update."""
+    """The loss, a share of the mean over `total` rollouts: minus (a term for answer tokens + latent_coef x a
+    term for latents and stop). And statistics. new, old: Terms by the weights now and before the update."""
     mask = length_mask(rollout.lengths, new.token.shape[1])
     token, count, clipped = clipped_term(new.token - old.token, mask, advantages, ratio_clip)
     stats = {"token_terms": count, "token_clipped": clipped}
@@ -205,8 +204,7 @@ def rl_step(run, ddp, reference, optimizer, examples):
         result = compute_rewards(model, rollout, [e.example for e in mine], run.tokenizer,
                                  cfg.w_acc, cfg.w_fmt, cfg.w_coh)
     scored = time.time()
-    advantages = group_advantages(result["rewards"], G, cfg.std_norm)
-    result["reward"] = result.pop("rewards")
+    advantages = group_advantages(result["reward"], G, cfg.std_norm)
     result |= dict(latents=rollout.plan.steps * cfg.thoughts_per_step, advantage=advantages.abs())
     stats = run.mean({k: v.sum() * run.world / (Q * G) for k, v in result.items()})
     stats["coherence"] /= max(stats.pop("decoded"), 1 / (Q * G))  # of the plans that were decoded
@@ -219,17 +217,15 @@ def rl_step(run, ddp, reference, optimizer, examples):
 def update(run, ddp, reference, optimizer, rollout, advantages):
     """Optimizer steps over rollouts with advantages (B,), on the CPU. Returns statistics."""
     cfg, sums, norms = run.cfg, {}, []
-    minibatches = split(run, rollout, advantages, all_groups=reference is not None)
-    old = old_terms(run, getattr(ddp, "module", ddp), minibatches)
-    for minibatch, old_of in zip(minibatches, old):
-        for i, (part, part_advantages) in enumerate(minibatch):
+    log_probs = getattr(ddp, "module", ddp)  # without DDP's hooks
+    minibatches = split(run, log_probs, rollout, advantages, all_groups=reference is not None)
+    for minibatch in minibatches:
+        for i, (part, part_advantages, old) in enumerate(minibatch):
             with run.no_sync(ddp, i + 1 < len(minibatch)):
                 with run.autocast():
                     new = ddp(part)
-                    # in the first minibatch the weights are still the old ones: the ratio is exactly 1, and
-                    # its gradient that of log p
-                    before = old_of[i] if old_of else new.detached()
-                    loss, stats = objective(new, before, part, part_advantages, cfg.minibatch,
+                    # in the first minibatch the weights are still the old ones, and every ratio is 1
+                    loss, stats = objective(new, old or new.detached(), part, part_advantages, cfg.minibatch,
                                             cfg.ratio_clip, cfg.latent_coef, cfg.latent_mean)
                     if reference:
                         kl = divergence(new, reference(part), part).sum()
@@ -248,24 +244,22 @@ def update(run, ddp, reference, optimizer, rollout, advantages):
     return found
 
 
-def split(run, rollout, advantages, all_groups):
-    """Minibatches, each a list of micro-batches (Rollout, advantages on the device). A minibatch has as many
-    rollouts of every question, a micro-batch those of some questions. Groups of equal rewards teach only
-    the KL term: they are left out unless all_groups."""
+def split(run, log_probs, rollout, advantages, all_groups):
+    """Minibatches: lists of micro-batches (Rollout, advantages on the device, old Terms). A minibatch has as
+    many rollouts of every question, a micro-batch those of some. Groups of equal rewards teach only the KL
+    term: they are left out unless all_groups. Old Terms are those before the first step, None in the first
+    minibatch. They come from the update's own pass, gradients on: other kernels round otherwise."""
     cfg, G = run.cfg, rollout.group
     advantages = advantages.view(-1, G)
     members = cfg.minibatch // cfg.questions_per_step  # rollouts of a question in a minibatch
     # DDP needs a question on each process
     questions = [q for q, row in enumerate(advantages.tolist()) if all_groups or any(row)] or [0]
     count = -(-len(questions) * members // max(cfg.micro_batch, members))
-    parts, advantages = np.array_split(questions, count), advantages.to(run.device)
-    return [[(rollout.select(part, range(g, g + members)), advantages[part, g:g + members].flatten())
-             for part in parts] for g in range(0, G, members)]
-
-
-def old_terms(run, log_probs, minibatches):
-    """The Terms of each micro-batch before the first optimizer step; None for the first minibatch. They come
-    from the update's own pass with gradients on, since other kernels round otherwise."""
-    with run.autocast():
-        return [[log_probs(part).detached() for part, _ in minibatch] if i else None
-                for i, minibatch in enumerate(minibatches)]
+    parts, advantages, minibatches = np.array_split(questions, count), advantages.to(run.device), []
+    for g in range(0, G, members):
+        rollouts = [rollout.select(part, range(g, g + members)) for part in parts]
+        with run.autocast():
+            old = [log_probs(rollout).detached() if g else None for rollout in rollouts]
+        minibatches.append([(rollout, advantages[part, g:g + members].flatten(), terms)
+                            for rollout, part, terms in zip(rollouts, parts, old)])
+    return minibatches

@@ -76,12 +76,12 @@ def test_score():
     assert got["well_formed"].tolist() == [1, 1, 0, 0]
     assert got["coherence"].tolist() == [1.0, 0.0, 0.0, 0.0]
     assert got["decoded"].tolist() == [1, 0, 1, 1]  # the second plan, coherent by half, would earn nothing
-    torch.testing.assert_close(got["rewards"], torch.tensor([1.6, 0.5, 1.0, 1.0]))
+    torch.testing.assert_close(got["reward"], torch.tensor([1.6, 0.5, 1.0, 1.0]))
     # coherence only: no label is used, so another label changes nothing
     got = compute_rewards(model, rollout, [example], Words(), 0.0, 0.5, 1.0)
     assert got["coherence"].tolist() == [1.0, 0.5, 0.0, 0.0] and got["decoded"].tolist() == [1, 1, 1, 1]
     other = compute_rewards(model, rollout, [replace(example, answer="5")], Words(), 0.0, 0.5, 1.0)
-    assert got["rewards"].tolist() == other["rewards"].tolist() == [1.5, 1.0, 0.0, 0.0]
+    assert got["reward"].tolist() == other["reward"].tolist() == [1.5, 1.0, 0.0, 0.0]
 
 
 # --- log-probabilities ---
