@@ -305,7 +305,8 @@ FLAGS = dict(hidden_size=16, layers=1, heads=2, intermediate_size=24, threads=1,
              warmup=0, min_lr=1.0, weight_decay=0.0, log_every=1, eval_every=0, eval_size=1, device="cpu",
              questions_per_step=4, group=4, minibatch=16, rl_warmup=0, rl_min_lr=1.0, w_coh=0.0, max_answer=4,
              grad_clip=0.0)
-ONE_STEP = dict(max_iters=1)  # of the last stage, in which all reasoning steps are latent
+ONE_STEP = dict(max_iters=1)  # of the last stage, which comes after stage K
+LAST = FLAGS["max_steps"] + 1  # that stage
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -419,7 +420,7 @@ def test_the_sft_gradient_is_answer_and_stop_and_the_weighed_decoder_loss(sft, q
     start, run = sft(lr=0.0, **flags), sft(decode_coef=decode_coef, **flags)
     model, examples = start.model(), encoded(start, questions)
     assert model.config.thoughts_per_step == c
-    parts = gradients_of(model, collate(examples, model.config, 2))
+    parts = gradients_of(model, collate(examples, model.config, LAST))
     assert parts.keys() == {"answer", "stop", "decode"}
     weights = {"answer": 1.0, "stop": 1.0, "decode": decode_coef}
     want = {name: sum(w * parts[part][name] for part, w in weights.items()) for name in parts["answer"]}
@@ -432,7 +433,7 @@ def test_the_kl_has_the_weight_beta_kl(sft, questions):
     """Of one latent its KL depends on the question alone, not on the noise."""
     flags = dict(max_steps=1, **ONE_STEP)
     start = sft(lr=0.0, **flags)
-    kl = gradients_of(start.model(), collate(encoded(start, questions), start.model().config, 1,
+    kl = gradients_of(start.model(), collate(encoded(start, questions), start.model().config, 2,
                                              torch.zeros(8, 1, 1, 16)))["kl"]
     none = sft(beta_kl=0.0, **flags).gradient()
     for beta in (0.5, 2.0):
@@ -457,7 +458,7 @@ def test_parts_of_the_loss(sft, method, switches, parts):
 # --- supervised training: the optimizer ---
 
 @covers("lr", "cot_lr")
-@pytest.mark.parametrize("stage, lr", [(0, 0.008), (2, 0.004)])
+@pytest.mark.parametrize("stage, lr", [(0, 0.008), (LAST, 0.004)])
 def test_peak_learning_rates(sft, stage, lr):
     """AdamW's first step is lr times the sign of the gradient; in the text stage it is cot_lr."""
     text = dict(cot_epochs=1.0, epochs_per_stage=0.0, final_epochs=0.0) if stage == 0 else {}
@@ -505,18 +506,18 @@ def test_gradients_are_clipped_to_their_norm(sft):
 @covers("batch_size", "cot_epochs", "epochs_per_stage", "final_epochs", "max_steps", "annotated", "max_iters",
         "warmup", "min_lr", "lr", "cot_lr")
 @pytest.mark.parametrize("flags, stages", [
-    ({}, [0] * 2 + [1] * 2 + [2] * 4),
-    (dict(cot_epochs=2.0), [0] * 4 + [1] * 2 + [2] * 4),
-    (dict(cot_epochs=0.0), [1] * 2 + [2] * 4),
-    (dict(epochs_per_stage=2.0), [0] * 2 + [1] * 4 + [2] * 6),
-    (dict(final_epochs=3.0), [0] * 2 + [1] * 2 + [2] * 8),
-    (dict(batch_size=2), [0] * 4 + [1] * 4 + [2] * 8),
-    (dict(annotated=4), [0] + [1] + [2] * 2),
-    (dict(max_steps=3), [0] * 2 + [1] * 2 + [2] * 2 + [3] * 4),
-    (dict(max_iters=4), [0] + [1] + [2] * 2),
-    (dict(min_lr=0.1), [0] * 2 + [1] * 2 + [2] * 4),
-    (dict(warmup=2), [0] * 2 + [1] * 2 + [2] * 4),
-    (dict(warmup=5, min_lr=0.0, lr=0.01, cot_lr=0.02), [0] * 2 + [1] * 2 + [2] * 4)], ids=str)
+    ({}, [0] * 2 + [1] * 2 + [2] * 2 + [3] * 2),
+    (dict(cot_epochs=2.0), [0] * 4 + [1] * 2 + [2] * 2 + [3] * 2),
+    (dict(cot_epochs=0.0), [1] * 2 + [2] * 2 + [3] * 2),
+    (dict(epochs_per_stage=2.0), [0] * 2 + [1] * 4 + [2] * 4 + [3] * 2),
+    (dict(final_epochs=3.0), [0] * 2 + [1] * 2 + [2] * 2 + [3] * 6),
+    (dict(batch_size=2), [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4),
+    (dict(annotated=4), [0, 1, 2, 3]),
+    (dict(max_steps=3), [0] * 2 + [1] * 2 + [2] * 2 + [3] * 2 + [4] * 2),
+    (dict(max_iters=4), [0, 1, 2, 3]),
+    (dict(min_lr=0.1), [0] * 2 + [1] * 2 + [2] * 2 + [3] * 2),
+    (dict(warmup=2), [0] * 2 + [1] * 2 + [2] * 2 + [3] * 2),
+    (dict(warmup=5, min_lr=0.0, lr=0.01, cot_lr=0.02), [0] * 2 + [1] * 2 + [2] * 2 + [3] * 2)], ids=str)
 def test_stages_and_learning_rates(sft, flags, stages):
     """One cosine over the text stage, another over the latent stages; each stage has its own warm-up."""
     flags = dict(min_lr=0.5, batch_size=4, cot_epochs=1.0) | flags
@@ -539,7 +540,7 @@ def test_seed_and_batch_size_choose_the_examples(sft, questions, seed, size):
     chosen, others = (train.batch_indices(s, 0, 8, size) for s in (seed, seed + 1))
     assert len(chosen) == size and set(chosen) != set(others)
     chosen = encoded(start, questions, chosen)
-    want = start.model()(collate(chosen, start.model().config, 2))
+    want = start.model()(collate(chosen, start.model().config, LAST))
     got = sft(**flags).steps[0]
     assert {k: got[k] for k in want} == pytest.approx({k: v.item() for k, v in want.items()}, rel=1e-4)
 
@@ -716,7 +717,7 @@ def test_when_a_run_logs_and_validates_and_saves(new_run, monkeypatch):
 def test_stages_and_their_folders(sft, rl_run):
     """Trained finds the log in out_dir."""
     assert sft(stage="cot", method="cot", max_iters=2).steps[-1]["stage"] == 0
-    assert sft(**ONE_STEP).steps[0]["stage"] == 2
+    assert sft(**ONE_STEP).steps[0]["stage"] == LAST
     assert rl_run(rl_iters=1)[0].steps[0]["stage"] == "rl"
 
 
