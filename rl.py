@@ -86,7 +86,7 @@ class LogProbs(nn.Module):
     a row stopped). path, ours: they are drawn again from the same noise, with gradients through them into
     stops and tokens."""
 
-    def __init__(self, model, latent_grad="score"):
+    def __init__(self, model, latent_grad):
         super().__init__()
         self.model, self.path = model, latent_grad == "path"
         if not self.path and model.latent_head is not None and not model.config.vae:

@@ -150,14 +150,14 @@ def test_log_probabilities_on_parts_of_groups(grad):
 def test_rows_beyond_the_tokenizer_have_no_probability():
     """Weights may have more rows than the tokenizer has ids. They change no rollout and no probability."""
     model, rollout = make("nocot")
-    want = LogProbs(model)(rollout).token
+    want = LogProbs(model, "score")(rollout).token
     model.policy.add_tokens(range(43, 60))
     model.policy.embed_tokens.weight.data[43:60] = 3 * model.policy.embed_tokens.weight.data[3]
     again = model.rollout([e.question for e in oracle.examples(4)], 3, draw(model, 12), 5)
     assert torch.equal(again.tokens, rollout.tokens)
-    torch.testing.assert_close(LogProbs(model)(rollout).token, want)
+    torch.testing.assert_close(LogProbs(model, "score")(rollout).token, want)
     model.config.vocab_size = 60  # with those rows in use both would be others
-    assert not torch.allclose(LogProbs(model)(rollout).token, want, atol=0.1)
+    assert not torch.allclose(LogProbs(model, "score")(rollout).token, want, atol=0.1)
 
 
 @pytest.mark.parametrize("method, parts", [("atp", {}), ("atp", {"stop": False}), ("simcot", {})])
@@ -244,7 +244,7 @@ def test_objective_equals_its_definition(method, parts, latent_mean, coef):
     model, rollout = make(method, **parts)
     model.requires_grad_(False)
     torch.manual_seed(0)
-    old = LogProbs(model)(rollout)
+    old = LogProbs(model, "score")(rollout)
     far = lambda v, scale: None if v is None else v + scale * torch.randn(v.shape)
     new = Terms(far(old.latent, 16 if latent_mean else 1), far(old.stop, 0.3), far(old.token, 3.0))
     advantage, total = torch.randn(12), 0.0
@@ -330,7 +330,7 @@ def test_clipping():
 def test_latent_mean_and_coef():
     model, rollout = make()
     model.requires_grad_(False)
-    old, advantage = LogProbs(model)(rollout), torch.ones(12)
+    old, advantage = LogProbs(model, "score")(rollout), torch.ones(12)
 
     def f(latent, latent_coef=1.0, latent_mean=False):
         new = old._replace(latent=latent)
@@ -352,8 +352,8 @@ def test_divergence_equals_its_definition(method, parts):
     """A loop over rows, with torch.distributions for the latents; none of a policy from itself."""
     model, rollout = make(method, **parts)
     model.requires_grad_(False)
-    new = LogProbs(model)(rollout)
-    ref = LogProbs(oracle.tiny(method, seed=4, **parts).requires_grad_(False))(rollout)
+    new = LogProbs(model, "score")(rollout)
+    ref = LogProbs(oracle.tiny(method, seed=4, **parts).requires_grad_(False), "score")(rollout)
     estimate = lambda p, q: math.exp(q - p) - (q - p) - 1
     for row, got in enumerate(divergence(new, ref, rollout).tolist()):
         n, m, want = int(rollout.plan.steps[row]), int(rollout.lengths[row]), 0.0
@@ -369,7 +369,7 @@ def test_divergence_equals_its_definition(method, parts):
     pull = divergence(new._replace(token=far), new, rollout).sum()
     pull.backward()
     assert pull.isfinite() and bool((far.grad[length_mask(rollout.lengths, far.shape[1])] < -1).all())
-    start = divergence(new, LogProbs(model)(rollout), rollout)
+    start = divergence(new, LogProbs(model, "score")(rollout), rollout)
     torch.testing.assert_close(start, torch.zeros(12), atol=1e-5, rtol=0)
 
 
@@ -379,7 +379,7 @@ def test_divergence_is_the_kl_on_average():
     other.policy.embed_tokens.weight[:43] += 0.1 * torch.randn(43, 16)
     noise = Noise.draw(20000, model.config, 16, 1, torch.Generator().manual_seed(1))
     rollout = model.rollout([[1, 2, 3]], 20000, noise, 1)
-    kl = divergence(LogProbs(model)(rollout), LogProbs(other)(rollout), rollout)
+    kl = divergence(LogProbs(model, "score")(rollout), LogProbs(other, "score")(rollout), rollout)
     p, q = (torch.distributions.Categorical(logits=m(torch.tensor([[1, 2, 3]]))[0, -1])
             for m in (model.policy, other.policy))
     want, error = float(torch.distributions.kl_divergence(p, q)), float(kl.std() / 20000**0.5)
@@ -538,6 +538,6 @@ def test_a_step_of_next_to_nothing_leaves_ratios_near_one(wide, lr):
         run = rl_run(minibatch=4, micro_batch=8, latent_grad="score", dtype=dtype, device="cpu",
                      ratio_clip=0.01 if dtype == "auto" else 0.2)
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-        stats[dtype] = update(run, LogProbs(model), None, optimizer, rollout, advantage)
+        stats[dtype] = update(run, LogProbs(model, "score"), None, optimizer, rollout, advantage)
     assert stats["auto"]["latent_clip_frac"] == stats["auto"]["token_clip_frac"] == 0
     assert (stats["bfloat16"]["latent_clip_frac"] > 0.1) == (lr > 0)
