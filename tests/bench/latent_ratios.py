@@ -1,5 +1,5 @@
-"""What `python tests/bench/bench.py --ratios` prints: how far one optimizer step moves the density of a latent,
-at the paper's settings (--latent_grad score).
+"""What `python tests/bench/bench.py --ratios` prints: how far one optimizer step moves the density of a
+latent, at the paper's settings (--latent_grad score).
 
 Random fp32 weights of width d, 16 questions x 8 rollouts of 3 steps of 2 latents, random rewards; minibatches
 of 16 rollouts, AdamW with lr 1e-6, gradient norm clipped at 1, ratios at 0.2, log-ratios clamped to +-3."""
@@ -8,7 +8,7 @@ import math
 import torch
 
 from model import LLaMA, LLaMAConfig
-from rl import LogProbs, advantages, objective
+from rl import LogProbs, group_advantages, objective
 from vae import METHODS, LatentConfig, LatentReasoner, Noise
 
 
@@ -29,14 +29,14 @@ def measure(d, sigma, latent_mean=False, layers=4):
     step, which PPO would see only in a second epoch over the same rollouts."""
     model, rollout = setup(d, sigma, layers)
     log_probs, params, scale = LogProbs(model), list(model.parameters()), d if latent_mean else 1
-    advantage = advantages(torch.randint(2, (128,)).float(), 8).view(16, 8)
+    advantages = group_advantages(torch.randint(2, (128,)).float(), 8, std_norm=True).view(16, 8)
     optimizer = torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0)
-    parts = [rollout.part(range(16), [g]) for g in range(8)]
+    parts = [rollout.select(range(16), [g]) for g in range(8)]
     old, rows = [log_probs(part).detached() for part in parts], {}
     add = lambda name, value: rows.setdefault(name, []).append(float(value))
     for g, part in enumerate(parts):
         new = log_probs(part)
-        loss, without = (objective(new, old[g], part, advantage[:, g], 16, 0.2, coef, latent_mean)[0]
+        loss, without = (objective(new, old[g], part, advantages[:, g], 16, 0.2, coef, latent_mean)[0]
                          for coef in (1, 0))
         of_latents = torch.autograd.grad(loss - without, params, retain_graph=True, allow_unused=True)
         diff = (new.latent - old[g].latent).detach() / scale
