@@ -16,7 +16,7 @@ from data import ASSETS, Tokenizer, encode_all, load
 from eval import find_checkpoint
 from model import LLaMA, LLaMAConfig
 from rl import LogProbs
-from vae import END, METHODS, START, LatentConfig, LatentReasoner, Noise, collate, moved
+from vae import END, METHODS, START, LatentConfig, LatentReasoner, Noise, collate, to_device
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU (ATP_GPU=1 leaves it visible)")
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,7 +58,7 @@ def batch_of(small, rows, stage=K):
 
 def losses_and_gradients(model, batch, bf16=False):
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        losses = model(moved(batch, model.device))
+        losses = model(to_device(batch, model.device))
     sum(losses.values()).backward()
     gradients = {n: p.grad.float().cpu() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
@@ -99,7 +99,7 @@ def test_log_probabilities_equal_the_cpu(small, grad):
     noise = Noise.draw(32, model.config, D, 16, torch.Generator().manual_seed(2))
     rollout = rollout_of(small, model, 4, noise)
     on_gpu = copy.deepcopy(model).to(GPU)
-    found = LogProbs(on_gpu, latent_grad=grad)(moved(rollout, GPU))
+    found = LogProbs(on_gpu, latent_grad=grad)(to_device(rollout, GPU))
     wanted = LogProbs(model, latent_grad=grad)(rollout)
     for name, value in wanted._asdict().items():
         if value is not None:
@@ -138,7 +138,7 @@ def test_compiled_equals_eager_and_compiles_once(small, repeat):
 @pytest.mark.parametrize("repeat", [False, True])
 def test_the_forward_pass_never_waits_for_the_gpu(small, repeat):
     on_gpu = copy.deepcopy(small[0]).to(GPU)
-    text, latent = (moved(batch_of(small, 8, stage), GPU) for stage in (0, K))
+    text, latent = (to_device(batch_of(small, 8, stage), GPU) for stage in (0, K))
     for llama in on_gpu.llamas():
         llama.activation_checkpointing = repeat
     on_gpu(latent)  # tables are moved to the GPU once

@@ -28,6 +28,7 @@ repeated passes, logits that nobody reads and the optimizer count nothing.
 """
 
 import argparse
+import ctypes
 import json
 import mmap
 import os
@@ -50,10 +51,10 @@ from data import ASSETS, Encoded, Example, Tokenizer, encode_all, load  # noqa: 
 from eval import evaluate  # noqa: E402
 from model import LLaMA, LLaMAConfig, write_json  # noqa: E402
 from rl import LogProbs, rl_step, update  # noqa: E402
-from train import (Config, Run, batch_indices, defaults, make_optimizer, micro_batches,  # noqa: E402
-                   reuse_memory, set_lr, sft_noise)
-from vae import (END, METHODS, START, LatentConfig, LatentReasoner, Noise, generator, moved,  # noqa: E402
-                 remaining_text, text_loss)
+from train import (PRESETS, Config, Run, batch_indices, make_optimizer, micro_batches,  # noqa: E402
+                   set_lr, sft_noise)
+from vae import (END, METHODS, START, LatentConfig, LatentReasoner, Noise, generator,  # noqa: E402
+                 remaining_text, text_loss, to_device)
 
 WORKLOADS = {  # shape, then K, c, batch, questions x group of an RL step, rows of a micro-batch
     "S": dict(shape=(576, 1536, 30, 9, 3), vocab=49152, K=4, c=2, batch=8, questions=4, group=8, micro=8),
@@ -71,6 +72,13 @@ PUBLISHED = {"S": dict(examples_s=0.31, memory_gb=8.7, answers_s=0.29),
 
 
 # --- what is measured ---
+
+def reuse_memory():
+    """Keep freed large blocks as train.main does, or a CPU step would be slower here than in a run."""
+    if sys.platform == "linux":
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, 2**31 - 1)
+
 
 def synchronize(device):
     if device.type == "cuda":
@@ -122,14 +130,13 @@ class Bench:
     def __init__(self, name, args, **changes):
         self.spec = spec = WORKLOADS[name] | changes
         d, ff, layers, heads, kv = spec["shape"]
-        recipe = defaults("pretrained") if name == "1B-train" else {}
+        recipe = PRESETS["pretrained"] if name == "1B-train" else {}
         self.cfg = Config(**recipe | dict(
             stage="vae", hidden_size=d, intermediate_size=ff, layers=layers, heads=heads, context=512,
             thoughts_per_step=spec["c"], max_steps=spec["K"], batch_size=spec["batch"],
             micro_batch=spec["micro"], questions_per_step=spec["questions"], group=spec["group"],
-            minibatch=spec["questions"] * spec["group"],
-            device=args.device, compile=args.compile))
-        self.run = Run(self.cfg, "bench")
+            minibatch=spec["questions"] * spec["group"], device=args.device, compile=args.compile))
+        self.run = Run(self.cfg, "vae")
         self.device = self.run.device
         ids = self.read(name, args)
         if name == "S" and self.data == "gsm8k":
@@ -143,8 +150,7 @@ class Bench:
         policy.add_tokens([ids["start_id"], ids["end_id"]])
         config = LatentConfig(**METHODS["atp"], method="atp", thoughts_per_step=spec["c"],
                               max_steps=spec["K"], start_id=ids["start_id"], end_id=ids["end_id"],
-                              eos_id=ids["eos_id"],
-                              vocab_size=policy.config.vocab_size)
+                              eos_id=ids["eos_id"], vocab_size=policy.config.vocab_size)
         with self.device:
             self.model = LatentReasoner(policy, config)
         self.compiled = False
@@ -168,11 +174,11 @@ class Bench:
                     eos_id=self.tokenizer.end_id())
 
     def use(self, run):
-        """Make `run` the one that works with the model, as train.begin does."""
+        """Make `run` the one that works with the model, as Run.load does."""
         self.run = run
-        run.model, run.tokenizer, run.micro_batch = self.model, self.tokenizer, self.spec["micro"]
+        run.model, run.tokenizer = self.model, self.tokenizer
         for llama in self.model.llamas():
-            llama.activation_checkpointing = run.repeats
+            llama.activation_checkpointing = run.activation_checkpointing
             if run.compile and not self.compiled:
                 llama.compile_blocks()
         self.compiled = run.compile
@@ -241,18 +247,18 @@ def sft_step(run, ddp, optimizer, examples, stage, noise, step):
     for i, batch in enumerate(batches):
         with run.no_sync(ddp, i + 1 < len(batches)):
             with run.autocast():
-                losses = ddp(moved(batch, run.device))
+                losses = ddp(to_device(batch, run.device))
             sum(weights[k] * v for k, v in losses.items()).backward()
     noise = sft_noise(run, len(examples), stage, step + 1)
-    run.clip_gradients(optimizer, run.cfg.clip)
+    run.clip_gradients(optimizer, run.cfg.grad_clip)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return noise
 
 
 def supervised(b):
     """A function that makes supervised step n, all latent, and says what it took."""
-    b.model.set_trainable(b.spec["K"])
+    b.model.set_trainable()
     b.model.train()
     optimizer = make_optimizer(b.model, b.run.cfg, b.run.cfg.weight_decay)
     set_lr(optimizer, 1e-6, 1.0, 0.0, 1.0)
@@ -290,7 +296,7 @@ def full_update(b, ddp, optimizer, rollout, step):
 
 def reinforced(b):
     """(log-probabilities, their optimizer) of RL steps."""
-    b.model.set_trainable("rl")
+    b.model.set_trainable(decoder=False)
     log_probs = LogProbs(b.model, latent_grad=b.run.cfg.latent_grad)
     optimizer = make_optimizer(b.model, b.run.cfg)
     set_lr(optimizer, 1e-9, 1.0, 0.0, 1.0)
@@ -305,7 +311,7 @@ def rl(name, args, seconds=20.0):
     b.to_the_limit()
     Q, G = b.spec["questions"], b.spec["group"]
     # the gradient that is the default for such a model
-    b.use(Run(replace(b.cfg, latent_grad="path" if name == "E" else "score"), "bench"))
+    b.use(Run(replace(b.cfg, latent_grad="path" if name == "E" else "score"), "rl"))
     ddp, optimizer = reinforced(b)
 
     def rollout_of(batch, step):
@@ -363,18 +369,17 @@ def as_published(name, args, seconds=20.0):
 def losses(rows=2300, d=256, vocab=49152):
     """CPU seconds of the loss of T, forward and backward, twice: ours, and torch's in its own parts."""
     torch.manual_seed(0)
-    h, table, weights = torch.randn(rows, d), torch.randn(vocab, d) / 16, torch.rand(rows) / rows
+    h, table = torch.randn(rows, d), torch.randn(vocab, d) / 16
     targets, found = torch.randint(vocab, (rows,)), {}
     options = torch.nn.LinearCrossEntropyOptions()
 
     def ours(h, table):
         model = SimpleNamespace(config=SimpleNamespace(vocab_size=vocab), output_weight=lambda: table,
                                 logits=torch.nn.functional.linear)
-        return text_loss(model, h, targets, weights)
+        return text_loss(model, h, targets)
 
     def torchs(h, table):
-        each = torch.nn.functional.linear_cross_entropy(h, table, targets, reduction="none", options=options)
-        return (each * weights).sum()
+        return torch.nn.functional.linear_cross_entropy(h, table, targets, reduction="sum", options=options)
 
     for name, loss in (("text_loss", ours), ("linear_cross_entropy", torchs)) * 2:
         leaves = [x.clone().requires_grad_() for x in (h, table)]

@@ -29,9 +29,9 @@ import train
 import vae as vae_module
 from make_task import line
 from data import load
-from model import KVCache, LLaMA, LLaMAConfig
-from train import micro_batches, sft_noise
-from vae import moved
+from model import LLaMA, LLaMAConfig
+from train import sft_noise
+from vae import collate, to_device
 
 ROOT = str(Path(model_module.__file__).resolve().parent)
 BEFORE = {"forward": 36, "backward": 63}  # operators of a latent and layer at commit 1ad6918, counted as here
@@ -52,15 +52,20 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def chain_operators(layers, latents, backward):
-    """Operators of a chain of latents, each the hidden state before it."""
+def after_a_question(layers):
+    """A LLaMA that has read two questions: it, their last hidden states (2, 1, d), the cache."""
     torch.manual_seed(0)
     llama = LLaMA(LLaMAConfig(64, 32, 48, layers, 4, 2, 8))
-    counts, cache = Operators(), KVCache(8)
-    h = llama.hidden(torch.arange(10).view(2, 5), cache=cache)[:, -1]
+    h, cache = llama.read(llama.embed_tokens(torch.arange(10).view(2, 5)), tail=8)
+    return llama, h[:, -1:], cache
+
+
+def chain_operators(layers, latents, backward):
+    """Operators of a chain of latents, each the hidden state before it."""
+    (llama, h, cache), counts = after_a_question(layers), Operators()
     with counts if not backward else ExitStack():
         for _ in range(latents):
-            h = llama.hidden(embeds=h[:, None], cache=cache)[:, 0]
+            h = llama.step(h, cache)
     if backward:
         with counts:
             h.sum().backward()
@@ -89,12 +94,9 @@ def compiled_kernels():
     """Kernels (fused loops, calls of a library) that the compiled block launches at one latent: [forward,
     backward]."""
     from torch._inductor.utils import run_and_get_code
-    torch.manual_seed(0)
-    llama = LLaMA(LLaMAConfig(64, 32, 48, 1, 4, 2, 8))
-    cache = KVCache(8)
-    h = llama.hidden(torch.arange(10).view(2, 5), cache=cache)[:, -1]
+    llama, h, cache = after_a_question(layers=1)
     llama.compile_blocks()
-    _, codes = run_and_get_code(lambda: llama.hidden(embeds=h[:, None], cache=cache).sum().backward())
+    _, codes = run_and_get_code(lambda: llama.step(h, cache).sum().backward())
     launches = lambda code: len(re.findall(r"extern_kernels\.|^ +cpp_fused\w+\(|\.run\(", code, flags=re.M))
     return [launches(code) for code in codes]
 
@@ -113,11 +115,11 @@ def graphs_of_a_run():
         kind = ["one position" if x.shape[1] == 1 else "wide", "causal" if tail is None else "over a tail"]
         if tail is not None and tail.shape[2] > 1:
             kind.append("groups")
-        if "l_places" in shapes:
+        if "l_packed_0" in shapes:
             kind.append("padding left out")
         elif x.shape[0] == 1:
             kind.append("one row")
-        if "l_keep" in shapes:
+        if "l_wanted" in shapes:
             kind.append("last layer")
         kind.append("gradients" if torch.is_grad_enabled() else "no gradients")
         if not shapes["l_weights_0"].requires_grad:
@@ -214,10 +216,9 @@ def kept_bytes(mode, b, examples, repeat):
         return real(f, *args, **more)
 
     real = model_module.checkpoint
-    b.run.micro_batch = len(examples)
     with unset_fake_temporarily():  # a batch is made of numbers
         noise = sft_noise(b.run, len(examples), b.spec["K"], 1)
-        batch = next(micro_batches(b.run, examples, b.spec["K"], noise))
+        batch = collate(examples, b.model.config, b.spec["K"], noise)
     with mode, ExitStack() as stack:
         stack.enter_context(mock.patch.object(model_module, "checkpoint", checkpoint))
         # in parts it keeps its gradients, as large as what it is given
@@ -226,7 +227,7 @@ def kept_bytes(mode, b, examples, repeat):
             llama.activation_checkpointing = repeat
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t))
         stack.enter_context(torch.autocast("cpu", torch.bfloat16))
-        losses = b.model(moved(batch, b.device))
+        losses = b.model(to_device(batch, b.device))
     weights = {p.untyped_storage()._cdata for p in b.model.parameters()}
     assert losses
     return sum(s.nbytes() for cdata, s in kept.items() if cdata not in weights)

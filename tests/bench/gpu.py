@@ -11,7 +11,7 @@ import torch
 
 import bench
 from eval import evaluate
-from rl import score
+from rl import compute_rewards
 from train import Run
 
 
@@ -60,7 +60,7 @@ def sft_1b(b, args):
     head(f"SFT, {b.spec['batch']} a batch", columns)
 
     def measure(micro):
-        b.run.micro_batch = micro
+        b.use(Run(replace(b.cfg, micro_batch=micro), "vae"))
         work = bench.supervised(b)
         found = bench.rounds(work, args.seconds, least=2)
         s = sum(r["s"] for r in found[1:])
@@ -85,10 +85,10 @@ def rl_1b(b, args):
     head(f"RL, {Q} x {G}", columns)
 
     def measure(grad, minibatch):
-        run = Run(replace(b.cfg, latent_grad=grad, minibatch=minibatch, micro_batch=b.spec["micro"]), "rl")
+        run = Run(replace(b.cfg, latent_grad=grad, minibatch=minibatch), "rl")
         b.use(run)
         ddp, optimizer = bench.reinforced(b)
-        last = {}
+        weights, last = (run.cfg.w_acc, run.cfg.w_fmt, run.cfg.w_coh), {}
 
         def roll(step):
             questions = b.batch(step, Q)
@@ -100,7 +100,7 @@ def rl_1b(b, args):
         def decode():
             with run.autocast():
                 # all answers are right, so all plans are decoded
-                score(b.model, last["rollout"], last["examples"], bench.Stub())
+                compute_rewards(b.model, last["rollout"], last["examples"], bench.Stub(), *weights)
 
         def work(step):
             b.model.eval()

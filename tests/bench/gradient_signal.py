@@ -6,7 +6,7 @@ import torch
 
 from data import TEST_SETS, Tokenizer, encode_all, is_correct, load
 from eval import find_checkpoint, read_state
-from rl import LogProbs, advantages, score
+from rl import LogProbs, compute_rewards, group_advantages
 from train import batch_indices
 from vae import LatentReasoner, Noise, generator
 
@@ -45,7 +45,7 @@ def signal(path, questions=512, group=8):
     _, cfg, model, tokenizer = opened(path)
     if not model.config.vae:
         raise ValueError(f"--signal {path}: its latents are not sampled, so score has no gradient of them")
-    model.set_trainable("rl")
+    model.set_trainable(decoder=False)
     train, _ = encode_all(load(cfg["data"], "train", cfg["data_dir"]), tokenizer,
                           model.policy.config.max_position_embeddings)
     params = [p for p in model.parameters() if p.requires_grad]
@@ -58,8 +58,9 @@ def signal(path, questions=512, group=8):
             noise = Noise.draw(64 * group, model.config, d, 16, generator(seed, i))
             rollout = model.rollout([e.question for e in part], group, noise)
             weights = cfg["w_acc"], cfg["w_fmt"], cfg["w_coh"]
-            reward = score(model, rollout, [e.example for e in part], tokenizer, *weights)["reward"]
-            add_gradients(total, model, rollout, advantages(reward, group) / (questions * group), params)
+            result = compute_rewards(model, rollout, [e.example for e in part], tokenizer, *weights)
+            advantages = group_advantages(result["rewards"], group, std_norm=True)
+            add_gradients(total, model, rollout, advantages / (questions * group), params)
         return total
 
     one, two = estimate(1), estimate(2)

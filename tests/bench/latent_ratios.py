@@ -8,7 +8,7 @@ import math
 import torch
 
 from model import LLaMA, LLaMAConfig
-from rl import LogProbs, advantages, objective
+from rl import LogProbs, group_advantages, objective
 from vae import METHODS, LatentConfig, LatentReasoner, Noise
 
 
@@ -28,15 +28,15 @@ def measure(d, sigma, latent_mean=False, layers=4):
     """{figure: value for each minibatch} of latents. "its own, after" is a minibatch's |log-ratio| after its
     step, which PPO would see only in a second epoch over the same rollouts."""
     model, rollout = setup(d, sigma, layers)
-    log_probs, params, scale = LogProbs(model, "score"), list(model.parameters()), d if latent_mean else 1
-    advantage = advantages(torch.randint(2, (128,)).float(), 8).view(16, 8)
+    log_probs, params, scale = LogProbs(model), list(model.parameters()), d if latent_mean else 1
+    advantages = group_advantages(torch.randint(2, (128,)).float(), 8, std_norm=True).view(16, 8)
     optimizer = torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0)
-    parts = [rollout.part(range(16), [g]) for g in range(8)]
+    parts = [rollout.select(range(16), [g]) for g in range(8)]
     old, rows = [log_probs(part).detached() for part in parts], {}
     add = lambda name, value: rows.setdefault(name, []).append(float(value))
     for g, part in enumerate(parts):
         new = log_probs(part)
-        loss, without = (objective(new, old[g], part, advantage[:, g], 16, 0.2, coef, latent_mean)[0]
+        loss, without = (objective(new, old[g], part, advantages[:, g], 16, 0.2, coef, latent_mean)[0]
                          for coef in (1, 0))
         of_latents = torch.autograd.grad(loss - without, params, retain_graph=True, allow_unused=True)
         diff = (new.latent - old[g].latent).detach() / scale
