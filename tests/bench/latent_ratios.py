@@ -28,7 +28,7 @@ def measure(d, sigma, latent_mean=False, layers=4):
     """{figure: value for each minibatch} of latents. "its own, after" is a minibatch's |log-ratio| after its
     step, which PPO would see only in a second epoch over the same rollouts."""
     model, rollout = setup(d, sigma, layers)
-    log_probs, params, scale = LogProbs(model), list(model.parameters()), d if latent_mean else 1
+    log_probs, params, scale = LogProbs(model, "score"), list(model.parameters()), d if latent_mean else 1
     advantages = group_advantages(torch.randint(2, (128,)).float(), 8, std_norm=True).view(16, 8)
     optimizer = torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0)
     parts = [rollout.select(range(16), [g]) for g in range(8)]
