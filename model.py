@@ -1,9 +1,10 @@
 """LLaMA in one file. Its cache has two segments, as latent reasoning needs them:
 
-    prefix   (Q, KV, S, D)      the question, right-padded, computed once, shared by a group of G rows
-    tail     (Q, KV, G, N, D)   what came since; row b of the batch is (b // G, b % G)
+    prefix   (Q, KV, S, D)      Q questions of up to S tokens, right-padded, read once
+    tail     (Q, KV, G, N, D)   N columns for what follows, in each of the G rows that answer a question
 
-The tail has N columns from the start, and a mask says which count: all latents have the same shapes.
+KV heads of D dimensions; row b of the batch B = Q * G is (b // G, b % G). The tail has its size from the
+start and a mask says which columns count, so that all latents are one computation on the same shapes.
 """
 
 import json
@@ -21,10 +22,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-SUPPORTED = {  # what this code can run of config.json; a missing key has the first value
+SUPPORTED = {  # what this code can run of config.json, the first where the key is missing
     "model_type": ("llama",), "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,),
     "rope_type": ("default", "llama3"), "partial_rotary_factor": (1.0,), "quantization_config": (None,),
-    "tie_word_embeddings": (False, True), "num_hidden_layers": range(1, 500)}
+    "tie_word_embeddings": (False, True)}
 
 
 @dataclass
@@ -52,7 +53,7 @@ class LLaMAConfig:
         raw = {"rms_norm_eps": 1e-6, **{key: values[0] for key, values in SUPPORTED.items()}, **raw}
         rope = {**(raw.get("rope_scaling") or raw.get("rope_parameters") or {})}
         rope.setdefault("rope_type", rope.get("type", "default"))
-        raw |= {**rope, "rope_scaling": rope if rope["rope_type"] == "llama3" else None}
+        raw |= {**rope, "rope_scaling": rope if rope["rope_type"] == "llama3" else None}  # with rope_theta
         for key, values in SUPPORTED.items():
             if raw[key] not in values:
                 raise ValueError(f"{key} {raw[key]!r} is not supported (only {values})")
@@ -64,6 +65,8 @@ class LLaMAConfig:
             if type(value) not in (int, kind) or not 0 < value <= (2**24 if kind is int else 1e38):
                 raise ValueError(f"{name} must be a positive {kind.__name__}, not {value!r}")
             setattr(config, name, kind(value))
+        if config.num_hidden_layers >= 500:
+            raise ValueError(f"num_hidden_layers {config.num_hidden_layers} is no number of a LLaMA")
         if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
             raise ValueError("num_attention_heads must be a multiple of num_key_value_heads, head_dim even")
         if config.rope_scaling and not 0 < rope["low_freq_factor"] < rope["high_freq_factor"] < math.inf:
@@ -109,8 +112,7 @@ class Padded(NamedTuple):
 
     @classmethod
     def masked(cls, ids, mask):
-        """On a GPU the CPU waits for the number of tokens."""
-        return cls(ids, mask, mask.flatten().nonzero()[:, 0])
+        return cls(ids, mask, mask.flatten().nonzero()[:, 0])  # on a GPU the CPU waits for their number
 
 
 # --- attention ---
@@ -123,13 +125,14 @@ def product_dtype(x):
 
 class KVCache:
     """prefix: k, v (Q, KV, S, D) of each layer, of which the columns `mask` (Q, S) are tokens. tail: N.
-    weights: the matrices of each layer in the dtype of products."""
+    weights: the matrices of each layer, cast once and not at every latent."""
 
     def __init__(self, prefix, mask, tail, group, weights):
         self.prefix = [(k.contiguous(), v.contiguous()) for k, v in prefix]
         k = self.prefix[0][0]
-        Q, KV, self.filled, D = k.shape  # filled: columns written so far
-        # with a gradient like all later tails, or the first latent would be compiled apart
+        Q, KV, S, D = k.shape
+        self.filled = S  # columns written so far
+        # it requires a gradient as all later tails do, or torch.compile would specialise the first latent
         empty = partial(k.new_zeros, (Q, KV, group, tail, D), requires_grad=k.requires_grad)
         self.tail = [(empty(), empty()) for _ in prefix]
         self.mask = F.pad(mask.repeat_interleave(group, dim=0), (0, tail))  # (B, S + N)
@@ -150,8 +153,8 @@ class KVCache:
         return positions, new - (len(columns) - self.size), bias
 
     def replay(self, f, *inputs):
-        """f(*inputs), whose shapes stay. From the second call on it is a CUDA graph, one launch, which knows
-        addresses alone: all that f reads and writes stays where it is."""
+        """f(*inputs), whose shapes stay. From the second call on it is a CUDA graph, one launch. It replays
+        fixed addresses: all that f reads and writes stays where it is."""
         if self.graph_inputs is None:  # the first call compiles and loads kernels, which a capture cannot
             self.graph_inputs = inputs
             return f(*inputs)
@@ -174,12 +177,14 @@ def causal_attention(q, k, v, packed):
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, D)
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] > k.shape[1])
     y = y.transpose(1, 2)
-    return y if packed is None else y.flatten(0, 1).index_select(0, index)[None], k, v
+    if packed is not None:
+        y = y.flatten(0, 1).index_select(0, index)[None]
+    return y, k, v
 
 
 def cached_attention(q, k, v, prefix_k, prefix_v, tail_k, tail_v, columns, bias):
-    """Attention of T new columns q, k, v (B, T, heads, D) -> y, new tail. Letters: question q, row of its
-    group g, new column t, key-value head k, query head r of it, column of prefix s, of tail n."""
+    """T new columns q, k, v (B, T, heads, D) -> y, new tail. Letters: question q, row of its group g, new
+    column t, key-value head k, query head r of it, column of prefix s, of tail n."""
     (Q, _, G, N, D), T, KV = tail_k.shape, q.shape[1], k.shape[2]
     k, v = (x.unflatten(0, (Q, G)).permute(0, 3, 1, 2, 4) for x in (k, v))  # (Q, KV, G, T, D)
     # autograd needs every version of the tail
@@ -191,9 +196,9 @@ def cached_attention(q, k, v, prefix_k, prefix_v, tail_k, tail_v, columns, bias)
     to_tail = torch.einsum("qgtkrd,qkgnd->qkgrtn", q, tail_k)
     scores = torch.cat((to_prefix, to_tail), dim=-1) + bias  # (Q, KV, G, R, T, S + N)
     p = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
-    to_prefix, to_tail = p.split((prefix_k.shape[2], N), dim=-1)
-    y = torch.einsum("qkgrts,qksd->qgtkrd", to_prefix, prefix_v)
-    y = y + torch.einsum("qkgrtn,qkgnd->qgtkrd", to_tail, tail_v)
+    p_prefix, p_tail = p.split((prefix_k.shape[2], N), dim=-1)
+    y = torch.einsum("qkgrts,qksd->qgtkrd", p_prefix, prefix_v)
+    y = y + torch.einsum("qkgrtn,qkgnd->qgtkrd", p_tail, tail_v)
     return y.reshape(Q * G, T, -1, D), tail_k, tail_v
 
 
@@ -211,9 +216,12 @@ class Block(nn.Module):
         self.mlp = nn.ModuleDict({"gate_up_proj": linear(d, 2 * self.width),
                                   "down_proj": linear(self.width, d)})
 
+    def matrices(self):
+        return *self.self_attn.values(), *self.mlp.values()
+
     def forward(self, x, rope, weights, past=None, packed=None, wanted=None):
-        """x (B, T, d) -> x, (k, v). past: what cached_attention takes after q, k, v; None: causal_attention.
-        Only positions `wanted` (R,), indices into T, are finished and returned."""
+        """x (B, T, d) -> x, (k, v). past: (prefix_k, prefix_v, tail_k, tail_v, columns, bias), None in a wide
+        pass. Only positions `wanted` (R,), indices into T, are finished and returned."""
         qkv_proj, o_proj, gate_up_proj, down_proj = weights
         q, k, v = self.qkv(x, rope, qkv_proj)
         y, *kv = causal_attention(q, k, v, packed) if past is None else cached_attention(q, k, v, *past)
@@ -221,7 +229,7 @@ class Block(nn.Module):
             x, y = x.index_select(1, wanted), y.index_select(1, wanted)
         x = x + F.linear(y.flatten(2), o_proj)
         gate_up = F.linear(self.post_attention_layernorm(x), gate_up_proj)
-        # a width that is a plain number lets inductor read the two halves in wide loads
+        # chunk(2) is slower when compiled: its width would be a symbol, and loads two bytes wide
         gate, up = gate_up.unflatten(-1, (2, self.width)).unbind(-2)
         return x + F.linear(F.silu(gate) * up, down_proj), tuple(kv)
 
@@ -247,19 +255,19 @@ class LLaMA(nn.Module):
         self.norm = nn.RMSNorm(d, config.rms_norm_eps)
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(d, vocab, bias=False)
         self.inv_freq = rope_frequencies(config)  # no buffer: model.bfloat16() must not round it
-        self.run_block = Block.forward
+        self.run_block = Block.forward  # called with the layer first; see compile_blocks
         self.activation_checkpointing = self.cuda_graphs = False
         for name, p in self.named_parameters():
             if p.dim() > 1:  # as GPT-2, smaller on residual branches; d**-0.5 is 0.02 at d = 2048
                 branch = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=d**-0.5 / math.sqrt(2 * config.num_hidden_layers if branch else 1))
-        self.add_tokens()
+        self.add_tokens()  # none: pads the tables
 
     def compile_blocks(self, backend="inductor"):
         """Block.forward is compiled unbound: it takes its layer as an argument, so that all share one."""
         torch._dynamo.config.recompile_limit = 64  # there are more kinds of passes than 8
         torch.fx.experimental._config.use_duck_shape = False  # sizes equal once need not stay so
-        # or backward writes over a saved tensor while it needs a saved view of it: wrong gradients (2.13)
+        # in torch 2.13 backward writes over donated buffers of which it still needs views: wrong gradients
         torch._functorch.config.donated_buffer = False
         torch.compiler.config.cache_key_tag = "nothing donated"  # inductor's cache ignores the line above
         torch._dynamo.config.optimize_ddp = False  # or it would cut blocks at DDP's buckets
@@ -283,9 +291,9 @@ class LLaMA(nn.Module):
         else:
             packed, positions, mask = (padded.index, B, T), padded.index % T, padded.mask
             embeds = embeds.flatten(0, 1).index_select(0, padded.index)[None]  # (1, M, d)
-        # compiled code would depend on a view's base
+        # compiled code would be specialised to a view's base
         x, dtype = embeds.clone(memory_format=torch.contiguous_format), product_dtype(embeds)
-        weights = [[p.to(dtype) for p in layer.parameters() if p.dim() > 1] for layer in self.layers]
+        weights = [[module.weight.to(dtype) for module in layer.matrices()] for layer in self.layers]
         rope, run, prefix = self.rope(positions[None], x.dtype), self.block_of_width(T), []
         for i, layer in enumerate(self.layers):
             # the last layer is finished only where its output is read
@@ -303,10 +311,10 @@ class LLaMA(nn.Module):
         x = embeds.to(dtype).clone(memory_format=torch.contiguous_format)
         mask = torch.ones(B, T, dtype=torch.bool, device=x.device) if mask is None else mask
         positions, *past = cache.add_columns(mask, x.dtype)
-        run = partial(self.step_layers, cache)
+        inputs = x, *self.rope(positions, x.dtype), *past
         if self.cuda_graphs and T == 1 and not torch.is_grad_enabled():
-            run = partial(cache.replay, run)
-        return run(x, *self.rope(positions, x.dtype), *past)
+            return cache.replay(partial(self.step_layers, cache), *inputs)
+        return self.step_layers(cache, *inputs)
 
     def step_layers(self, cache, x, cos, sin, columns, bias):
         run = self.block_of_width(x.shape[1])
@@ -323,27 +331,27 @@ class LLaMA(nn.Module):
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
     def block_of_width(self, T):
-        """run_block. Wide passes keep much for backward and are cheap to repeat; single positions are neither."""
+        """run_block, with activation checkpointing for wide passes: single positions are slow to repeat."""
         again = self.activation_checkpointing and T > 1 and torch.is_grad_enabled()
         return partial(checkpoint, self.run_block, use_reentrant=False) if again else self.run_block
 
-    def tables(self):
+    def vocab_modules(self):
         """The embedding and, where it is another, the output layer."""
         return [module for module in (self.embed_tokens, self.lm_head) if module is not None]
 
     def output_weight(self):
-        return self.tables()[-1].weight
+        return self.vocab_modules()[-1].weight
 
     def logits(self, h):
         return F.linear(h, self.output_weight())[..., :self.config.vocab_size]
 
     @torch.no_grad()
     def add_tokens(self, ids=(), like=None):
-        """Rows `ids`, old or new, become copies of row `like` or of the mean row. In memory the table ends
-        at a multiple of 64: GPUs are slow on an odd vocabulary."""
+        """Rows `ids`, old or new, become copies of row `like` or of the mean row. In memory a table has a
+        multiple of 64 rows: GPUs are slow on odd ones."""
         known = self.config.vocab_size
         size = self.config.vocab_size = max([known, *(i + 1 for i in ids)])
-        for module in self.tables():
+        for module in self.vocab_modules():
             w = module.weight[:known]
             row = w.mean(dim=0) if like is None else w[like]
             w = torch.cat((w, row.expand(size - known, -1)))
@@ -351,7 +359,7 @@ class LLaMA(nn.Module):
             module.weight[list(ids)] = row
 
     def disk_parts(self):
-        """{name in a Hugging Face file: tensor}; one matrix here may be several there."""
+        """{name in a Hugging Face file: tensor}. A qkv_proj is three there: q_proj, k_proj, v_proj."""
         (H, KV, D), width, parts = self.layers[0].sizes, self.config.intermediate_size, {}
         split = {"qkv_proj": dict(q_proj=H * D, k_proj=KV * D, v_proj=KV * D),
                  "gate_up_proj": dict(gate_proj=width, up_proj=width)}
@@ -381,7 +389,7 @@ class LLaMA(nn.Module):
             found.setdefault("model.embed_tokens.weight", output)
         check_tensors(found, model.disk_parts(), path)
         model = model.to(dtype).to_empty(device=device)
-        for module in model.tables():
+        for module in model.vocab_modules():
             module.weight.data[config.vocab_size:] = 0
         for name, out in model.disk_parts().items():
             out.copy_(read_tensor(found[name]))
@@ -457,7 +465,7 @@ def read_tensor(entry):
 
 def check_tensors(found, wanted, path):
     """Unless tensor_headers found just what is wanted, {name: tensor}, in plain floats: ValueError."""
-    for name in sorted({n for n in found if "rotary_emb" not in n} ^ wanted.keys()):  # in old files
+    for name in sorted({n for n in found if "rotary_emb" not in n} ^ wanted.keys()):  # old files hold those
         raise ValueError(f"{path}: tensor {one_line(name)} is missing or does not belong there")
     for name, p in wanted.items():
         file, _, shape, dtype = found[name]

@@ -1,13 +1,11 @@
 """Active planning: GRPO in latent space (paper, section 3.3). Start at rl_step.
 
-Departures from the paper and its released code:
+Departures from the paper and its released code (README has them all):
 1. Coherence compares numbers, not substrings. An unparsable step is incoherent, an empty plan scores 0.
 2. --latent_grad path sends gradients through the latents instead of treating them as actions.
-3. log p(stop) is one more term of the latent side. (Released: it takes the place of the forced
-   <|end-latent|> among the tokens.) <eos> counts among the tokens.
-4. A minibatch has as many rollouts of each question. (Released: random ones.)
-5. Without differing rewards in any group there is no step: AdamW would make a full one of rounding.
-6. DDP averages gradients, each process with its own questions. (Released: the step bypasses DDP.)
+3. log p(stop) is a term of the latent side. (Released: in the place of the forced <|end-latent|>.)
+4. A minibatch has equally many rollouts of each question. (Released: random ones.)
+5. A batch in which no group's rewards differ makes no step, with a KL term neither.
 """
 
 import time
@@ -55,7 +53,7 @@ def compute_rewards(model, rollout, examples, tokenizer, w_acc, w_fmt, w_coh):
 
 
 def group_advantages(rewards, group, std_norm):
-    """r - mean in each group of rows, with std_norm divided by the deviation (N - 1). (B,) -> (B,)."""
+    """r - mean in each group of rows, with std_norm divided by the unbiased deviation. (B,) -> (B,)."""
     r = rewards.view(-1, group)
     a = r - r.mean(1, keepdim=True)
     if std_norm:
@@ -72,7 +70,7 @@ class Terms(NamedTuple):
     latent: torch.Tensor | None  # (B, N, c) density
     stop: torch.Tensor | None    # (B, N + 1) continue or, at `steps`, stop
     token: torch.Tensor          # (B, A)
-    mu: torch.Tensor | None = None  # (B, N, c, d), beside `latent`
+    mu: torch.Tensor | None = None  # (B, N, c, d), None if `latent` is
     logvar: torch.Tensor | None = None
 
     def detached(self):
@@ -90,26 +88,26 @@ class LogProbs(nn.Module):
         super().__init__()
         self.model, self.path = model, latent_grad == "path"
         if not self.path and model.latent_head is not None and not model.config.vae:
-            model.latent_head.requires_grad_(False)  # fixed latents without a density
+            model.latent_head.requires_grad_(False)  # no density, no gradient: DDP would wait for one
 
     def forward(self, rollout):
         policy, config, plan = self.model.policy, self.model.config, rollout.plan
         (N, c), A = plan.z.shape[1:3], rollout.tokens.shape[1]
         written = length_mask(rollout.lengths, A)
-        h, cache = self.model.read(rollout.prefix, N * c + A, rollout.group)  # (B, d)
+        h, cache = self.model.read_questions(rollout.prefix, N * c + A, rollout.group)  # (B, d)
         # a token's probability is read at the input before it: <|end-latent|> or, without latents, the prefix
         skip = 0 if config.latent else 1
         text = nn.functional.pad(rollout.tokens[:, :-1], (1, 0), value=config.end_id)[:, skip:]
         text = policy.embed_tokens(text)
         latent = stop = mu = logvar = None
         stop_z = plan.stop_z
-        if config.latent and self.path:  # the cache keeps the latents
+        if config.latent and self.path:  # think puts its latents into the cache
             stop_z = self.model.think(h, cache, N, plan.steps, rollout.eps).stop_z
             h = policy.step(text, cache, written)
         else:
             inputs = torch.cat((plan.z.flatten(1, 2), text), dim=1)
             mask = torch.cat((length_mask(plan.steps * c, N * c), written[:, skip:]), dim=1)
-            h = h[:, None]  # and the state after each input
+            h = h[:, None]  # states before the first input and after each
             if inputs.shape[1]:
                 h = torch.cat((h, policy.step(inputs, cache, mask)), dim=1)
             if config.vae:
@@ -134,7 +132,7 @@ def divergence(new, reference, rollout):
     form, summed over d. Over stops and over tokens: q/p - log q/p - 1, p the policy, q the reference (GRPO,
     arXiv 2402.03300, equation 4), whose mean over samples of p is KL(p || q)."""
     steps, parts = rollout.plan.steps, []
-    if new.mu is not None:  # in the units of the reference, which is N(0, 1) there
+    if new.mu is not None:  # KL is invariant to scale: rescaled so that the reference is N(0, I)
         mu = (new.mu - reference.mu) * torch.exp(-0.5 * reference.logvar)
         kl = gaussian_kl(mu, new.logvar - reference.logvar) * mu.shape[-1]  # (B, N, c)
         parts.append(masked_mean(kl, length_mask(steps, kl.shape[1])[..., None].expand_as(kl)))
@@ -142,7 +140,7 @@ def divergence(new, reference, rollout):
                           (new.stop, reference.stop, steps + rollout.plan.stopped)):
         if p is not None:
             log_ratio = q - p
-            most = log_ratio.clamp(max=10)  # beyond, its tangent: the pull grows no more
+            most = log_ratio.clamp(max=10)  # the estimate is linear beyond 10: the pull grows no more
             estimate = most.exp() * (1 + (log_ratio - most)) - log_ratio - 1
             parts.append(masked_mean(estimate, length_mask(choices, p.shape[1])))
     return sum(parts)
@@ -191,7 +189,8 @@ def objective(new, old, rollout, advantages, total, ratio_clip, latent_coef, lat
 # --- one step of the loop ---
 
 def rl_step(run, ddp, reference, optimizer, examples):
-    """Rollouts of a global batch (each process its questions), rewards, optimizer steps -> statistics."""
+    """Rollouts of a global batch (each process its questions), rewards, optimizer steps -> statistics.
+    run: train.Run. ddp: LogProbs, by DDP if there are processes. reference: LogProbs of the KL, or None."""
     cfg, model, Q, G = run.cfg, run.model, len(examples), run.cfg.group
     own, d = slice(run.rank, None, run.world), model.policy.config.hidden_size
     noise = Noise.draw(Q * G, model.config, d, cfg.max_answer, generator(cfg.seed, RL_NOISE, run.step))
@@ -208,7 +207,7 @@ def rl_step(run, ddp, reference, optimizer, examples):
     result |= dict(latents=rollout.plan.steps * cfg.thoughts_per_step, advantage=advantages.abs())
     stats = run.mean({k: v.sum() * run.world / (Q * G) for k, v in result.items()})
     stats["coherence"] /= max(stats.pop("decoded"), 1 / (Q * G))  # of the plans that were decoded
-    if stats["advantage"] > 0:
+    if stats["advantage"] > 0:  # AdamW would make a full step of rounding
         model.train()
         stats |= update(run, ddp, reference, optimizer, rollout, advantages)
     return stats | dict(rollout_s=rolled - began, score_s=scored - rolled, update_s=time.time() - scored)
@@ -225,9 +224,10 @@ def update(run, ddp, reference, optimizer, rollout, advantages):
                 with run.autocast():
                     new = ddp(part)
                     # in the first minibatch the weights are still the old ones, and every ratio is 1
-                    loss, stats = objective(new, old or new.detached(), part, part_advantages, cfg.minibatch,
+                    old = new.detached() if old is None else old
+                    loss, stats = objective(new, old, part, part_advantages, cfg.minibatch,
                                             cfg.ratio_clip, cfg.latent_coef, cfg.latent_mean)
-                    if reference:
+                    if reference is not None:
                         kl = divergence(new, reference(part), part).sum()
                         loss, stats["kl"] = loss + cfg.kl_coef * kl / cfg.minibatch, kl.detach()
                 (loss * run.world).backward()  # DDP takes the mean; the losses are shares of a sum
@@ -239,27 +239,27 @@ def update(run, ddp, reference, optimizer, rollout, advantages):
     for side in ("latent", "token"):
         if f"{side}_terms" in sums:
             found[f"{side}_clip_frac"] = sums[f"{side}_clipped"] / sums[f"{side}_terms"]
-    if reference:
+    if reference is not None:
         found["kl"] = sums["kl"] * run.world / (cfg.minibatch * len(minibatches))
     return found
 
 
 def split(run, log_probs, rollout, advantages, all_groups):
-    """Minibatches: lists of micro-batches (Rollout, advantages on the device, old Terms). A minibatch has as
-    many rollouts of every question, a micro-batch those of some. Groups of equal rewards teach only the KL
-    term: they are left out unless all_groups. Old Terms are those before the first step, None in the first
-    minibatch. They come from the update's own pass, gradients on: other kernels round otherwise."""
+    """Minibatches: lists of micro-batches (Rollout, advantages on the device, old Terms). A minibatch has
+    equally many rollouts of each question, a micro-batch those of some. Groups of equal rewards are left out
+    unless all_groups: only a KL term learns from them. Old Terms are of the weights before the first step,
+    with gradients on, so that they round as the update does. None in the first minibatch."""
     cfg, G = run.cfg, rollout.group
     advantages = advantages.view(-1, G)
     members = cfg.minibatch // cfg.questions_per_step  # rollouts of a question in a minibatch
-    # DDP needs a question on each process
-    questions = [q for q, row in enumerate(advantages.tolist()) if all_groups or any(row)] or [0]
+    questions = [q for q, row in enumerate(advantages.tolist()) if all_groups or any(row)]
+    questions = questions or [0]  # DDP needs one on each process
     count = -(-len(questions) * members // max(cfg.micro_batch, members))
     parts, advantages, minibatches = np.array_split(questions, count), advantages.to(run.device), []
     for g in range(0, G, members):
-        rollouts = [rollout.select(part, range(g, g + members)) for part in parts]
+        cuts = [rollout.select(part, range(g, g + members)) for part in parts]
         with run.autocast():
-            old = [log_probs(rollout).detached() if g else None for rollout in rollouts]
-        minibatches.append([(rollout, advantages[part, g:g + members].flatten(), terms)
-                            for rollout, part, terms in zip(rollouts, parts, old)])
+            old = [log_probs(cut).detached() if g else None for cut in cuts]
+        minibatches.append([(cut, advantages[part, g:g + members].flatten(), terms)
+                            for cut, part, terms in zip(cuts, parts, old)])
     return minibatches

@@ -39,7 +39,7 @@ from data import ASSETS, BUILTIN, DATASETS, TEST_SETS, Parser, Tokenizer, cli, e
 from eval import STEP_FOLDER, evaluate, evaluate_runs, find_checkpoint, read_state
 from model import LLaMA, LLaMAConfig, check_tensors, save_tensors, tensor_headers, write_json
 from rl import LogProbs, rl_step
-from vae import (END, METHODS, PARTS, RL_ORDER, SFT_NOISE, START, WEIGHTS, LatentConfig, LatentReasoner,
+from vae import (END, METHODS, PARTS, RL_ORDER, SFT_NOISE, START, INIT_WEIGHTS, LatentConfig, LatentReasoner,
                  collate, device_of, generator, remaining_text, to_device)
 
 try:
@@ -381,7 +381,7 @@ def set_lr(optimizer, peak, least, progress, warm):
 def build(cfg, run):
     """Model and tokenizer that cfg asks for. Of a checkpoint with other heads, or another decoder, only the
     policy is kept; RL refuses it."""
-    torch.manual_seed(generator(cfg.seed, WEIGHTS).initial_seed())
+    torch.manual_seed(generator(cfg.seed, INIT_WEIGHTS).initial_seed())
     init, model, tokenizer = cfg.init, None, Tokenizer.from_pretrained(cfg.init or ASSETS)
     asked = {part: getattr(cfg, part) == "yes" for part in PARTS if getattr(cfg, part, "auto") != "auto"}
     parts = METHODS[cfg.method] | asked

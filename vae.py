@@ -5,7 +5,7 @@
 
 The policy is the encoder: each latent is drawn from N(mu, sigma^2) of the hidden state before it and is the
 next input embedding. The decoder, a second LLaMA, puts the latents of a step into words. The stop head looks
-at the first latent of a step. One loop, `think`, serves training and rollouts.
+at the first latent of a step.
 """
 
 import copy
@@ -25,7 +25,7 @@ from model import (LLaMA, Padded, check_tensors, length_mask, one_line, product_
                    save_tensors, tensor_headers, write_json)
 
 START, END = "<|start-latent|>", "<|end-latent|>"
-SFT_NOISE, RL_NOISE, RL_ORDER, WEIGHTS = range(4)  # streams of random numbers of a seed
+SFT_NOISE, RL_NOISE, RL_ORDER, INIT_WEIGHTS = range(4)  # streams of random numbers of a seed
 MAX_LOGITS = {"cpu": 2**25, "cuda": 2**28}  # logits that lie in memory at once
 MAX_DECODED = {"cpu": 2**9, "cuda": 2**11}  # reasoning steps that are put into words at once
 
@@ -53,16 +53,16 @@ class LatentConfig:
                 raise ValueError(f"{name} must be of type {kind.__name__}")
         known = all(0 <= i < self.vocab_size for i in (self.start_id, self.end_id, self.eos_id))
         if not known or self.method not in METHODS or min(self.thoughts_per_step, self.max_steps) < 1:
-            raise ValueError("its method, thoughts_per_step, max_steps or one of its ids is out of range")
-        if self.vae > self.head or max(self.head, self.stop, self.decode) > self.latent:
+            raise ValueError("method, thoughts_per_step, max_steps or an id is out of range")
+        if (self.vae and not self.head) or ((self.head or self.stop or self.decode) and not self.latent):
             raise ValueError(f"--vae, --stop or --decode yes does not go with --method {self.method}")
 
     def stage_steps(self, stage):
-        """Most latent reasoning steps of a plan at a curriculum stage (paper, section 3): 0 to K + 1."""
+        """Most latent reasoning steps of a plan at a curriculum's stage, 0 to K + 1 (paper, section 3)."""
         return min(stage, self.max_steps) if self.latent else 0
 
     def latent_steps(self, example, stage):
-        """How many reasoning steps of an example are latent. Without a stop head all plans are as long."""
+        """How many reasoning steps of an example are latent; without a stop head as many in all."""
         n = self.stage_steps(stage)
         return min(n, len(example.steps)) if self.stop else n
 
@@ -104,7 +104,7 @@ def gaussian_kl(mu, logvar):
 def generator(*ids):
     """Random numbers, on the CPU, that depend on these numbers alone."""
     seed = np.random.SeedSequence(ids).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(seed >> 1))
+    return torch.Generator().manual_seed(int(seed >> 1))  # 63 bits
 
 
 def device_of(name):
@@ -126,26 +126,26 @@ def to_device(record, device):
 # --- batches of the supervised stage ---
 
 class Batch(NamedTuple):
-    """A micro-batch. Its losses are shares of the global batch's mean: they and their gradients add up.
-    Indices are made on the CPU, since a GPU that is asked for them makes the CPU wait."""
+    """A micro-batch, whose losses are shares of the global batch's mean. Indices are made on the CPU, which
+    would wait for a GPU that is asked for them."""
 
     prefix: Padded | None       # (B, S) question and <|start-latent|>; None without latents
     text: Padded                # (B, T) <|end-latent|> or, without latents, the question; then the text
-    answer_index: torch.Tensor  # (A,) ascending, in the flattened (B * T): here a token is asked for
-    answer: torch.Tensor        # (A,) that token
-    answer_weight: float        # 1 / tokens asked for in the global batch
+    target_index: torch.Tensor  # (A,) ascending, in the flattened (B * T): inputs that have a target
+    targets: torch.Tensor       # (A,) ids to predict there
+    target_weight: float        # 1 / targets of the global batch
     steps: torch.Tensor         # (B,) latent reasoning steps
-    max_steps: int              # their maximum, N
+    N: int                      # their maximum
     stops: torch.Tensor         # (B,) bool: the stop head must say stop after the last one
     decode: Padded              # (P, U) text of all latent reasoning steps, each with <eos>
     decode_index: torch.Tensor  # (P,) which of the flattened (B * N) they are
     step_weight: float          # 1 / examples of the global batch / steps that the stage allows, as released
-    noise: torch.Tensor | None  # (B, n, c, d) of the latents, n at least N + 1 or K
+    noise: torch.Tensor | None  # (B, n, c, d) of the latents, n >= min(N + 1, K)
 
 
 def remaining_text(example, config, stage):
-    """Ids after the latents: the reasoning steps that are still text, then the answer. At the last stage,
-    K + 1, the last latent step stands for all the rest."""
+    """Ids after the latents: the reasoning steps that are still text, then the answer with its <eos>. At the
+    last stage, K + 1, the last latent step stands for all the rest."""
     done = config.method == "nocot" or (config.latent and stage > config.max_steps)
     steps = [] if done else example.steps[config.latent_steps(example, stage):]
     return sum(steps, []) + example.answer
@@ -160,27 +160,26 @@ def decoded_text(example, config, k, stage):
 
 
 def collate(examples, config, stage, noise=None, total_examples=None, total_tokens=None):
-    """A Batch of data.Encoded at a curriculum stage (0: all text). total_*: of the global batch, by default
-    this one."""
+    """A Batch of data.Encoded at a stage (0: all text). total_*: of the global batch, by default this one."""
     steps = [config.latent_steps(e, stage) for e in examples]
     N = max(steps)
     written = [remaining_text(e, config, stage) for e in examples]
-    stage_steps, answer = config.stage_steps(stage), sum(written, [])
-    # the last token is asked for, but nothing is asked for after it
+    stage_steps, targets = config.stage_steps(stage), sum(written, [])
+    # inputs are targets shifted by one: the last one is no input
     rows = [([config.end_id] if stage_steps else e.question) + ids[:-1] for e, ids in zip(examples, written)]
     text = Padded.of(rows)
     prefix = Padded.of([e.question + [config.start_id] for e in examples]) if stage_steps else None
-    # each of a row's last tokens predicts the next id of what is written
-    answer_index = [b * text.ids.shape[1] + i for b, (row, ids) in enumerate(zip(rows, written))
+    # each of a row's last inputs predicts the next id of what is written
+    target_index = [b * text.ids.shape[1] + i for b, (row, ids) in enumerate(zip(rows, written))
                     for i in range(len(row) - len(ids), len(row))]
-    # a stop is asked for after the last step, if the stage has room for another
+    # stop is a target after the last step, if the stage has room for another
     stops = [n == len(e.steps) and n < stage_steps for n, e in zip(steps, examples)]
     decodes = [(b, k) for b, n in enumerate(steps) for k in range(n) if config.decode]
     words = Padded.of([decoded_text(examples[b], config, k, stage) for b, k in decodes])
     decode_index = torch.tensor([b * N + k for b, k in decodes], dtype=torch.long)
     step_weight = 1 / (total_examples or len(examples)) / max(1, stage_steps)
-    return Batch(prefix, text, torch.tensor(answer_index), torch.tensor(answer),
-                 1 / (total_tokens or len(answer)), torch.tensor(steps), N, torch.tensor(stops), words,
+    return Batch(prefix, text, torch.tensor(target_index), torch.tensor(targets),
+                 1 / (total_tokens or len(targets)), torch.tensor(steps), N, torch.tensor(stops), words,
                  decode_index, step_weight, noise)
 
 
@@ -208,8 +207,7 @@ class Plan(NamedTuple):
     logvar: torch.Tensor | None  # (B, N, c, d), None where z is not sampled
     steps: torch.Tensor          # (B,)
     stopped: torch.Tensor        # (B,) bool: a rollout's row chose to stop, before the limit
-    stop_z: torch.Tensor         # (B, N + 1, d) what the stop head looks at: first latents of all steps and
-                                 # of the next one; zeros where that was not drawn
+    stop_z: torch.Tensor         # (B, N + 1, d) first latents of all steps and of the next, if drawn, else 0
 
 
 class Rollout(NamedTuple):
@@ -223,17 +221,18 @@ class Rollout(NamedTuple):
     lengths: torch.Tensor     # (B,) of `tokens`
 
     def select(self, questions, members):
-        """The rollouts of some members of the groups of some questions (lists)."""
+        """The rollouts of some members of the groups of some questions (sequences of numbers)."""
         questions, members = (torch.tensor(x, device=self.tokens.device) for x in (questions, members))
         rows = (questions[:, None] * self.group + members).flatten()
         cut = lambda values: [None if v is None else v[rows] for v in values]
         prefix = Padded.masked(self.prefix.ids[questions], self.prefix.mask[questions])
-        return Rollout(prefix, len(members), Plan(*cut(self.plan)), *cut(self[3:]))
+        rest = cut((self.eps, self.tokens, self.lengths))
+        return Rollout(prefix, len(members), Plan(*cut(self.plan)), *rest)
 
 
 def text_loss(model, h, targets):
-    """Sum of CE(logits of h_i, target_i) over h (M, d), targets (M,). Where all logits would be too many for
-    memory, backward makes those of some rows at a time again."""
+    """Sum of CE(logits of h_i, target_i) over h (M, d), targets (M,). If all logits would be too many for
+    memory, those of some rows at a time are made, and again in backward."""
     vocab, table = model.config.vocab_size, model.output_weight()
     bias = torch.zeros_like(table[:, 0])
     bias[vocab:] = -math.inf  # rows that only pad the table are no tokens: probability 0
@@ -297,7 +296,7 @@ class LatentReasoner(nn.Module):
         mu, logvar = self.latent_head(h)
         return mu, logvar if self.config.vae else None
 
-    def read(self, prefix, tail, group=1, embeds=None):
+    def read_questions(self, prefix, tail, group=1, embeds=None):
         """The last hidden state (B, d) of each question of a Padded, repeated for its group, and the cache.
         embeds: of prefix.ids, where they are known."""
         last = prefix.mask.sum(dim=1).cumsum(dim=0) - 1  # indices into prefix.index
@@ -306,9 +305,9 @@ class LatentReasoner(nn.Module):
         return h.repeat_interleave(group, dim=0), cache
 
     def think(self, h, cache, limit, steps=None, eps=None, uniform=None):
-        """A chain of latents, one position at a time, from h (B, d) at <|start-latent|>: a Plan.
+        """A Plan: latents, one position at a time, from h (B, d) at <|start-latent|>.
 
-        steps (B,): how many reasoning steps each row makes, at most `limit` (training). None: the stop head
+        steps (B,): the reasoning steps that each row makes, at most `limit` (training). None: the stop head
         decides; without one all make `limit`. eps (B, K, c, d): noise of the latents, None: z = mu.
         uniform (B, K): samples the stops, None: stop where p(stop) > 1/2."""
         config, c, latents, stop_z = self.config, self.config.thoughts_per_step, [], []
@@ -336,12 +335,16 @@ class LatentReasoner(nn.Module):
                 latent = draw(h, k, j) if j else latent
                 latents.append(latent)
                 h = self.policy.step(latent[0][:, None], cache, alive[:, None])[:, 0]
-        if len(stop_z) * c == len(latents):  # the stop head has looked at the steps made, and not beyond
-            # a given plan shorter than K was stopped at the next step's first latent, which is not fed back
-            more = steps is not None and config.stop and limit < config.max_steps
-            stop_z.append(draw(h, limit, 0)[0] if more else torch.zeros_like(h))
-        none = h.new_zeros(len(h), 0, h.shape[1])  # a plan may have no step
-        stack = lambda i: torch.cat([none, *(x[i][:, None] for x in latents)], dim=1).unflatten(1, (-1, c))
+        if steps is not None or alive.any():  # else all have stopped, and the head has looked at that latent
+            # given plans may stop at the first latent after the longest one: it is drawn, but not fed back
+            beyond = steps is not None and config.stop and limit < config.max_steps
+            stop_z.append(draw(h, limit, 0)[0] if beyond else torch.zeros_like(h))
+
+        def stack(i):
+            """(B, N, c, d); N may be 0."""
+            none = h.new_zeros(len(h), 0, h.shape[1])
+            return torch.cat([none, *(x[i][:, None] for x in latents)], dim=1).unflatten(1, (-1, c))
+
         return Plan(stack(0), stack(1), stack(2) if config.vae else None, taken, ~alive,
                     torch.stack(stop_z, dim=1))
 
@@ -349,20 +352,20 @@ class LatentReasoner(nn.Module):
         return precise(self.stop_head(stop_z.to(self.policy.embed_tokens.weight.dtype)))
 
     def forward(self, batch):
-        """Loss parts of a Batch (paper, section 3.2), {answer, stop, kl, decode: share of the global batch's
-        mean}. Gradients flow through the whole chain of latents."""
-        losses, policy, N = {}, self.policy, batch.max_steps
+        """{answer, stop, kl, decode: loss} of a Batch (paper, section 3.2)."""
+        losses, policy, N = {}, self.policy, batch.N
         if batch.prefix is None:
-            asked = torch.searchsorted(batch.text.index, batch.answer_index)  # indices into text.index
-            h, _ = policy.read(policy.embed_tokens(batch.text.ids), batch.text, asked)
+            wanted = torch.searchsorted(batch.text.index, batch.target_index)  # indices into text.index
+            h, _ = policy.read(policy.embed_tokens(batch.text.ids), batch.text, wanted)
         else:
             widths = batch.prefix.ids.shape[1], batch.text.ids.shape[1]
             # one look-up, since the gradient of each is as large as the table
             embeds = policy.embed_tokens(torch.cat((batch.prefix.ids, batch.text.ids), dim=1))
             prefix, text = embeds.split(widths, dim=1)
-            h, cache = self.read(batch.prefix, N * self.config.thoughts_per_step + widths[1], embeds=prefix)
+            tail = N * self.config.thoughts_per_step + widths[1]
+            h, cache = self.read_questions(batch.prefix, tail, embeds=prefix)
             plan = self.think(h, cache, N, batch.steps, batch.noise)
-            h = policy.step(text, cache, batch.text.mask).flatten(0, 1).index_select(0, batch.answer_index)
+            h = policy.step(text, cache, batch.text.mask).flatten(0, 1).index_select(0, batch.target_index)
             if self.config.stop:
                 stop = ~length_mask(batch.steps, N + 1)
                 logits = self.stop_logits(plan.stop_z).transpose(1, 2)  # (B, 2, N + 1)
@@ -374,11 +377,11 @@ class LatentReasoner(nn.Module):
                 losses["kl"] = (kl * length_mask(batch.steps, N)).sum() * batch.step_weight
             if self.decoder is not None:
                 losses["decode"] = self.decode_loss(plan.z, batch)
-        losses["answer"] = text_loss(policy, h, batch.answer) * batch.answer_weight
+        losses["answer"] = text_loss(policy, h, batch.targets) * batch.target_weight
         return losses
 
     def decode_loss(self, z, batch):
-        """The decoder's loss of each reasoning step's text, given its latents: all in one pass."""
+        """The decoder's loss of all reasoning steps' texts, given their latents."""
         latents = z.flatten(0, 1).index_select(0, batch.decode_index)  # (P, c, d)
         inputs = torch.cat((latents, self.decoder.embed_tokens(batch.decode.ids[:, :-1])), dim=1)
         h = self.decoder.read(inputs)[0][:, z.shape[2] - 1:].flatten(0, 1)  # from the last latent on
@@ -387,28 +390,29 @@ class LatentReasoner(nn.Module):
 
     @torch.no_grad()
     def rollout(self, questions, group=1, noise=None, max_tokens=16, temperature=1.0):
-        """Answer each question (list of ids) `group` times; it is read once. noise: a Noise of Q x group
-        rows, None: greedy (paper, section 4). temperature: of answer tokens, 0: greedy stops and tokens."""
+        """Answer each question (list of ids) `group` times. noise: a Noise of Q x group rows, None: greedy
+        (paper, section 4). temperature: of answer tokens, 0: stops and tokens are greedy, latents sampled."""
         config = self.config
         steps, start = (config.max_steps, [config.start_id]) if config.latent else (0, [])
         prefix = Padded.of([question + start for question in questions])
         prefix, noise = (to_device(x, self.device) for x in (prefix, noise))
-        eps, stop, answer = noise or (None, None, None)
+        eps, u_stop, u_answer = noise or (None, None, None)
         if not temperature:
-            stop = answer = None
-        h, cache = self.read(prefix, steps * config.thoughts_per_step + config.latent + max_tokens, group)
-        plan = self.think(h, cache, steps, eps=eps, uniform=stop)
+            u_stop = u_answer = None
+        tail = steps * config.thoughts_per_step + 1 + max_tokens  # latents, <|end-latent|>, answer
+        h, cache = self.read_questions(prefix, tail, group)
+        plan = self.think(h, cache, steps, eps=eps, uniform=u_stop)
         if config.latent:
             end = torch.full_like(plan.steps[:, None], config.end_id)
             h = self.policy.step(self.policy.embed_tokens(end), cache)[:, 0]
-        text = self.generate(self.policy, h, cache, max_tokens, answer, temperature)
+        text = self.generate(self.policy, h, cache, max_tokens, u_answer, temperature)
         return Rollout(prefix, group, plan, eps, *text)
 
     @torch.no_grad()
     def answer(self, prefix, z, steps, max_tokens=16):
         """Greedy answers to the questions of a rollout's prefix after a given plan: the first `steps` (B,) of
         z (B, N, c, d). Returns tokens (B, A) and lengths (B,)."""
-        z, (_, cache) = z.flatten(1, 2), self.read(prefix, z.shape[1] * z.shape[2] + 1 + max_tokens)
+        z, (_, cache) = z.flatten(1, 2), self.read_questions(prefix, z.shape[1] * z.shape[2] + 1 + max_tokens)
         end = self.policy.embed_tokens(torch.full_like(steps[:, None], self.config.end_id))
         mask = F.pad(length_mask(steps * self.config.thoughts_per_step, z.shape[1]), (0, 1), value=True)
         h = self.policy.step(torch.cat((z, end), dim=1), cache, mask)  # (B, N c + 1, d)
@@ -441,7 +445,7 @@ class LatentReasoner(nn.Module):
     @torch.no_grad()
     def plan_texts(self, z, steps, tokenizer):
         """What each of the first `steps` (B,) of z (B, N, c, d) says in words: a list for each row."""
-        # a step of the built-in task has 8 tokens, and may stand for more steps elsewhere
+        # a step of the built-in task has 8 tokens; step K may stand for several
         max_tokens = max(1, min(64, self.decoder.config.max_position_embeddings // 16))
         steps, words, size = steps.tolist(), [], MAX_DECODED[z.device.type]
         used = [b * z.shape[1] + k for b, n in enumerate(steps) for k in range(n)]
@@ -465,7 +469,7 @@ class LatentReasoner(nn.Module):
         return {n: p for n, p in self.state_dict().items() if not n.startswith(("policy.", "decoder."))}
 
     def fits(self, config):
-        """Whether a model of this LatentConfig has the same heads, and a decoder if and only if this has."""
+        """Whether a model of this LatentConfig has the same heads, and a decoder or not as this one."""
         with torch.device("meta"):
             other = LatentReasoner(LLaMA(self.policy.config), config)
         shapes = lambda model: {name: p.shape for name, p in model.heads().items()}

@@ -657,7 +657,7 @@ def test_gradient_that_is_not_finite_stops_before_the_step(tmp_path, data, warm,
     def poisoned_batch(*args):
         batch = collate(*args)
         if len(seen) == 2:
-            batch = batch._replace(answer_weight=float("nan"))
+            batch = batch._replace(target_weight=float("nan"))
         return batch
 
     def poisoned_loss(*args):

@@ -156,7 +156,7 @@ def test_micro_batches_add_up():
     model, rows = oracle.tiny(dtype=torch.float64), oracle.examples(7)
     noise = torch.randn(7, 3, 2, 16, dtype=torch.float64)
     whole = model(collate(rows, model.config, 2, noise))
-    tokens, cuts = len(collate(rows, model.config, 2).answer), ((0, 2), (2, 3), (3, 7))
+    tokens, cuts = len(collate(rows, model.config, 2).targets), ((0, 2), (2, 3), (3, 7))
     parts = [model(collate(rows[i:j], model.config, 2, noise[i:j], 7, tokens)) for i, j in cuts]
     for k in whole:
         near(sum(p[k] for p in parts), whole[k])
