@@ -90,11 +90,12 @@ def test_losses_of_ablations(parts, stage):
 
 
 @pytest.mark.parametrize("method", ("atp", "simcot", "coconut"))
+@pytest.mark.parametrize("most", (0, 1))
 @pytest.mark.parametrize("stage", (1, 3, 4))
-def test_losses_of_questions_without_steps(method, stage):
-    """A batch in which no example has a step: ATP must stop at once, all steps of the others are idle."""
+def test_losses_of_short_plans(method, most, stage):
+    """A batch in which no example has more than so many steps. Without any, ATP must stop at once."""
     model, rows, noise = setting(method)
-    compare(model, [replace(row, steps=[]) for row in rows[:3]], stage, noise[:3])
+    compare(model, [replace(row, steps=row.steps[:most]) for row in rows[:3]], stage, noise[:3])
 
 
 @pytest.mark.parametrize("method", ("atp", "simcot"))
