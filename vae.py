@@ -408,16 +408,6 @@ class LatentReasoner(nn.Module):
         text = self.generate(self.policy, h, cache, max_tokens, u_answer, temperature)
         return Rollout(prefix, group, plan, eps, *text)
 
-    @torch.no_grad()
-    def answer(self, prefix, z, steps, max_tokens=16):
-        """Greedy answers to the questions of a rollout's prefix after a given plan: the first `steps` (B,) of
-        z (B, N, c, d). Returns tokens (B, A) and lengths (B,)."""
-        z, (_, cache) = z.flatten(1, 2), self.read_questions(prefix, z.shape[1] * z.shape[2] + 1 + max_tokens)
-        end = self.policy.embed_tokens(torch.full_like(steps[:, None], self.config.end_id))
-        mask = F.pad(length_mask(steps * self.config.thoughts_per_step, z.shape[1]), (0, 1), value=True)
-        h = self.policy.step(torch.cat((z, end), dim=1), cache, mask)  # (B, N c + 1, d)
-        return self.generate(self.policy, h[:, -1], cache, max_tokens)
-
     def generate(self, llama, h, cache, max_tokens, uniform=None, temperature=1.0):
         """Continue each row from its last hidden state h (B, d) by the likeliest token, or by inverse
         transform of uniform (B, max_tokens). Returns tokens (B, A) and lengths (B,), the end counted."""

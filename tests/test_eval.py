@@ -10,17 +10,19 @@ from types import SimpleNamespace
 
 import compare as comparison
 import eval
+import intervene as intervention
 import oracle
 import pytest
 import torch
 from compare import compare, gather
 from data import Encoded, Example, cli, load
-from eval import KINDS, evaluate, evaluate_runs, find_checkpoint, judge, main, markdown, summary
+from eval import evaluate, evaluate_runs, find_checkpoint, judge, main, markdown, summary
 from eval import cells as figures_of
+from intervene import KINDS, intervene
 from test_rl import Words
 from test_train import SMALL
 from train import main as train
-from vae import METHODS, LatentReasoner
+from vae import METHODS, LatentReasoner, generator
 
 TEXTS = {"72": [1, 2, 42], "24": [1, 3, 42], "24, without an end": [1, 3]}  # token ids of Words
 
@@ -242,7 +244,8 @@ def test_an_answer_to_a_given_plan(method):
     z, steps = rollout.plan.z, rollout.plan.steps
     assert method != "atp" or len(set(steps.tolist())) > 1
     for given, n in ((z, steps), (z.flip(0), steps.flip(0)), (z, 0 * steps)):
-        tokens, lengths = model.answer(rollout.prefix, given, n)
+        with torch.no_grad():
+            tokens, lengths = intervention.answer(model, rollout.prefix, given, n, 16)
         if given is z and n is steps:
             assert torch.equal(tokens, rollout.tokens) and torch.equal(lengths, rollout.lengths)
         for b, question in enumerate(questions):
@@ -258,23 +261,22 @@ def test_an_answer_to_a_given_plan(method):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_becomes_of_answers_under_another_plan(method, kind, monkeypatch):
     """Each row is answered from the latents that the kind of intervention says, by definition; the figures
-    are counted by hand."""
-    model, questions, asked = uneven(method), naive.examples(12), []
-    answer = model.answer
+    are counted by hand, and the right answer's log-probability is the oracle's."""
+    model, questions, asked = uneven(method), oracle.examples(12), []
+    answer = intervention.answer
 
-    def spy(prefix, z, steps, most):
-        asked.append((z, steps, answer(prefix, z, steps, most)))
+    def spy(model, prefix, z, steps, most):
+        asked.append((z, steps, answer(model, prefix, z, steps, most)))
         return asked[-1][2]
 
-    monkeypatch.setattr(model, "answer", spy)
-    figures, results = evaluate(model, Sums(), questions, intervene=kind, max_answer=5)
-    order = sorted(range(12), key=lambda i: len(questions[i].question))
-    plan = model.rollout([questions[i].question for i in order], max_tokens=5).plan
-    results, [(z, steps, (tokens, lengths))] = [results[i] for i in order], asked
-    own = [r["text"] for r in results]
-    n, count, changed, follows = plan.steps.tolist(), 0, 0, 0
-    texts = [f"### {sum(row[:length - (row[length - 1] == 42)]) % 3}"
-             for row, length in zip(tokens.tolist(), lengths.tolist())]
+    monkeypatch.setattr(intervention, "answer", spy)
+    found = intervene(model, Sums(), questions, generator(0), max_tokens=5, kinds=[kind])
+    rollout = model.rollout([e.question for e in questions], max_tokens=5)
+    plan, [(z, steps, given)] = rollout.plan, asked
+    text_of = lambda row, length: f"### {sum(row[:length - (row[length - 1] == 42)]) % 3}"
+    own = [text_of(*each) for each in zip(rollout.tokens.tolist(), rollout.lengths.tolist())]
+    texts = [text_of(*each) for each in zip(*(t.tolist() for t in given))]
+    n, counted = plan.steps.tolist(), {}
     for b, k in enumerate(n):
         donors = [o % 12 for o in range(b + 1, b + 12) if n[o % 12] == k and own[o % 12] != own[b]]
         assert steps[b] == (0 if kind == "none" else k)
@@ -287,18 +289,29 @@ def test_what_becomes_of_answers_under_another_plan(method, kind, monkeypatch):
             assert torch.equal(z[b, :k], plan.z[b, :k].flip(0))
         if kind == "other" and donors:
             assert torch.equal(z[b, :k], plan.z[donors[0], :k])
-            follows += texts[b] == own[donors[0]]
         if kind != "other" or donors:
-            count += 1
-            changed += texts[b] != own[b]
-            assert results[b][f"{kind}: accuracy"] == (texts[b] == "### 1")
-    assert count and figures["exchanged"] == pytest.approx(count / 12)
-    assert figures[f"{kind}: changed"] == pytest.approx(changed / count)
-    if kind == "other":
-        assert figures["other: follows"] == pytest.approx(follows / count)
-        assert method != "atp" or 0 < count < 12  # some questions have no donor
-    plain, _ = evaluate(model, Sums(), questions, max_answer=5)
-    assert plain.items() <= figures.items()
+            after, before = (log_prob(model, questions[b], x) for x in (z[b, :steps[b]], plan.z[b, :k]))
+            counted[b] = {"before": own[b] == "### 1", "after": texts[b] == "### 1",
+                          "changed": texts[b] != own[b], "gain": pytest.approx(after - before, abs=1e-4),
+                          "follows": kind == "other" and texts[b] == own[donors[0]]}
+    assert counted and found == {kind: counted}
+    assert kind != "other" or method != "atp" or len(counted) < 12  # some questions have no partner
+
+
+@torch.no_grad()
+def log_prob(model, question, latents):
+    """log p of the right answer after the latents (n, c, d)."""
+    sequence = oracle.embed(model.policy, question.question + [oracle.START])
+    sequence += [*latents.flatten(0, 1), *oracle.embed(model.policy, [oracle.END])]
+    return -float(oracle.negative_log_likelihood(model.policy, sequence, question.answer, oracle.read))
+
+
+def test_the_row_of_an_intervention():
+    figures = [{"before": True, "after": False, "changed": True, "follows": True, "gain": -1.5},
+               {"before": True, "after": True, "changed": False, "follows": False, "gain": 0.25}]
+    assert [*intervention.row("other", figures).values()] == ["2", "100.0", "50.0", "50.0", "50.0", "-0.62"]
+    assert [*intervention.row("zero", figures).values()] == ["2", "100.0", "50.0", "50.0", "", "-0.62"]
+    assert [*intervention.row("other", []).values()] == ["0", "", "", "", "", ""]
 
 
 # --- the command line ---
@@ -380,16 +393,25 @@ def test_a_path_may_begin_with_the_home_folder(runs, monkeypatch):
 
 
 def test_only_latents_can_be_exchanged(runs, tmp_path, capsys):
-    data = ["--data", str(runs / "questions.txt"), "--limit", "6", "--intervene", "other"]
-    main(["--ckpt", str(runs / "out_0" / "vae"), *data])
-    head = cells(capsys.readouterr().out.splitlines()[0])
-    assert head[-4:] == ["exchanged %", "other: accuracy %", "other: changed %", "other: follows %"]
-    shutil.copytree(find_checkpoint(runs / "out_0" / "vae"), tmp_path / "step-0000001")
+    """All kinds, a row each; the accuracy before is eval.py's."""
+    data = ["--data", str(runs / "questions.txt"), "easy", "--limit", "6"]
+    ckpt = find_checkpoint(runs / "out_0" / "vae")
+    intervention.main(["--ckpt", str(ckpt.parent), *data, "--batch_size", "5"])
+    head, _, *rows = map(cells, capsys.readouterr().out.splitlines())
+    assert head[0] == str(ckpt) and [row[0] for row in rows] == list(KINDS)
+    accuracy = [figures["accuracy"] for figures in eval.measure(ckpt, {
+        name: load(name, "test")[:6] for name in data[1:3]})["benchmarks"].values()]
+    for row in rows:
+        assert row[0] == "other" or row[1:3] == ["12", f"{100 * statistics.mean(accuracy):.1f}"]
+    capsys.readouterr()
+    intervention.main(["--ckpt", str(ckpt), *data, "--kinds", "none"])
+    assert capsys.readouterr().out.splitlines()[2:] == ["| " + " | ".join(rows[-1]) + " |"]
+    shutil.copytree(ckpt, tmp_path / "step-0000001")
     file = tmp_path / "step-0000001" / "latent.json"
     parts = {"method": "cot", **dict.fromkeys(["latent", "head", "vae", "stop", "decode"], False)}
     file.write_text(json.dumps(json.loads(file.read_text()) | parts))
-    with pytest.raises(ValueError, match="--intervene other: .*step-0000001 does not think in latents"):
-        main(["--ckpt", str(tmp_path), *data])
+    with pytest.raises(ValueError, match="step-0000001 does not think in latents"):
+        intervention.main(["--ckpt", str(tmp_path), *data])
 
 
 def test_compare_from_the_command_line(runs, capsys):
@@ -397,7 +419,10 @@ def test_compare_from_the_command_line(runs, capsys):
     folders, file = [str(runs / "out_0"), str(runs / "out_1")], runs / "all.json"
     data = ["--data", str(runs / "questions.txt"), "--limit", "6", "--samples", "2"]
     comparison.main([*folders, "--baseline", str(runs / "out_1" / "vae"), "--json", str(file), *data])
-    head, _, *rows = map(cells, capsys.readouterr().out.splitlines())
+    said = capsys.readouterr().out.splitlines()
+    head, _, *rows = [cells(line) for line in said if line.startswith("|")]
+    measured = [os.path.relpath(runs / f"out_{seed}" / "rl" / "step-0000001") for seed in "01"]
+    assert f"out_*/rl: {' '.join(measured)}" in said
     assert head == ["", data[1], "to out_*/vae", "tokens", "latents", "coherence %", "pass@1 %", "pass@2 %",
                     "maj@2 %"]
     assert [row[0] for row in rows] == ["out_*/rl", "out_*/vae"] and rows[1][2] == "" != rows[0][2]

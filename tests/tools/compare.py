@@ -2,7 +2,8 @@
 
     python tests/tools/compare.py out_0 out_1 out_2 --baseline out_0/vae
 
-Folders first, then eval.py's flags. Of each run in a folder the newest checkpoint is taken.
+Folders first, then eval.py's flags. Of each run in a folder the newest checkpoint is taken; those of a row are
+named below the table.
 """
 
 import os
@@ -14,7 +15,7 @@ from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data import cli  # noqa: E402
-from eval import (checkpoints, find_checkpoint, markdown, measure, over_sets, parser, read_sets,  # noqa: E402
+from eval import (checkpoints, find_checkpoint, markdown, measure, parser, read_sets,  # noqa: E402
                   read_state, summary)
 from model import write_json  # noqa: E402
 
@@ -35,7 +36,7 @@ def gather(folders):
 def gain(runs, base):
     """Mean difference in accuracy to base's runs ({seed: figures}) of the same seed, over sets and seeds, ±
     its standard error. "" where no seed is the same."""
-    accuracy = lambda run: 100 * over_sets(run)["accuracy"]
+    accuracy = lambda run: 100 * mean(figures["accuracy"] for figures in run.values())
     gains = [accuracy(runs[seed]) - accuracy(base[seed]) for seed in runs.keys() & base.keys()]
     error = f" ± {stdev(gains) / len(gains)**0.5:.1f}" if len(gains) > 1 else ""
     return f"{mean(gains):+.1f}{error}" if gains else ""
@@ -71,8 +72,10 @@ def main(argv=None):
         for seed, ckpt in seeds.items():
             seeds[seed] = {"row": row, **measure(ckpt, data, **flags)}
     records = [record for seeds in rows.values() for record in seeds.values()]
-    names = [n for n in over_sets(records[0]["benchmarks"]) if n not in ("n", "accuracy")]
-    print(compare(rows, base, names))
+    [figures, *_] = records[0]["benchmarks"].values()
+    print(compare(rows, base, [name for name in figures if name not in ("n", "accuracy")]))
+    for row, seeds in rows.items():
+        print(f"\n{row}:", *(os.path.relpath(record["checkpoint"]) for record in seeds.values()))
     if file:
         write_json(file, records)
 
