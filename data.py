@@ -6,7 +6,6 @@ import argparse
 import gzip
 import hashlib
 import json
-import math
 import os
 import re
 import sys
@@ -23,39 +22,35 @@ import tiktoken
 @dataclass(frozen=True)
 class Example:
     question: str
-    steps: tuple[str, ...]  # "<<48/2=24>>" each; () where the source gives none
-    answer: str  # a plain decimal number: "72", "-3.5"
+    steps: tuple[str, ...]  # "<<48/2=24>>" each; () if the source has none
+    answer: str  # a plain decimal: "72", "-3.5"
     id: str  # file name and line (or item) from 1: "gsm8k_test.jsonl:17"
 
 
 MAX_NUMBER = 64  # characters
-# "1,000", "12.50", "72." or ".5"
-DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
-# a number and nothing else: "-$5", "$-5", "72%."
-NUMBER = re.compile(rf"((?:[-+]?\$?|\$[-+]){DIGITS})%?\.?")
-# words that make another number of the one before: "7 1/2", "7 and a half", "3 to 4", "3 or 4", "5 million"
+DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"  # "1,000", "12.50", "72.", ".5"
+NUMBER = re.compile(rf"((?:[-+]?\$?|\$[-+]){DIGITS})%?\.?")  # nothing else: "-$5", "$-5", "72%."
+# what makes another number of the one before: "7 1/2", "7 and a half", "3 to 4", "3 or 4", "5 million"
 CHANGE = (r"[ \t]+(?:(?:(?:[-–+*/x×÷^=]|and|over|times|to) *)?[\\$€£(.]*[0-9¼-¾⅐-⅞]|\\d?frac|\\times"
           r"|or\b|(?:and )?(?:an? |one )?half\b|(?:hundred|thousand|[mbtr]+illion|dozen)\b)")
-# bold or LaTeX may begin; the number with its currency; a unit, the end of bold or LaTeX, punctuation
+# bold or LaTeX, the number with its currency, then a unit, the end of bold or LaTeX, punctuation
 ANSWER = re.compile(rf"(?:\*\*|\$|\\boxed\{{)*([-+]?(?:\\?[$€£] ?)?[-+]?{DIGITS})[*$€£%}}\\)\].,;:!?]*"
                     rf"(?!\S|{CHANGE})", re.IGNORECASE)
 STEP_PATTERN = re.compile(r"<<([^<>=\n]*)=([^<>=\n]*)>>")
-# an operand with what is around it: operator (not before the first), "-(" or "(" each, sign, digits, ")" each
+# an operand and what is around it: operator (not before the first), "-(" or "(", sign, digits, ")"
 TERM = re.compile(rf"(?:^|(?!^)(?://|[-+*/x×÷])) ?(?:[-+]? ?\( ?)*([-+]?) ?\$?({DIGITS})%?(?: ?\))* ?")
 
 
 def parse_number(text):
     """The Decimal that `text` is ("1,000", "$72", "72%", ".5", "72."), else None."""
-    text = text.strip()
-    match = NUMBER.fullmatch(text) if len(text) <= MAX_NUMBER else None
-    return Decimal(re.sub("[$,]", "", match[1])) if match else None
+    match = NUMBER.fullmatch(text.strip())
+    return Decimal(re.sub("[$,]", "", match[1])) if match and len(match[0]) <= MAX_NUMBER else None
 
 
 def format_number(number):
     """The shortest plain form: 51.0 -> "51"."""
-    text = f"{number:f}"
-    text = text.rstrip("0").rstrip(".") if "." in text else text
-    return "0" if text == "-0" else text
+    text = f"{number or Decimal():f}"  # "-0.0" is 0
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def numbers_equal(a, b):
@@ -64,8 +59,8 @@ def numbers_equal(a, b):
 
 
 def extract_answer(text):
-    """The number after the last "###" or "####" in plain form: "### $ 72, in total" -> "72". None where there
-    is none, or where the words after it change it: "### 5 million"."""
+    """The number after the last "###" or "####": "### $ 72, in total" -> "72". None if there is none, or if
+    words change it: "### 5 million"."""
     _, marker, rest = text.rpartition("###")
     match = ANSWER.match(rest.lstrip()[:2 * MAX_NUMBER].replace("−", "-")) if marker else None
     number = parse_number(re.sub(r"[\\$€£ ]", "", match[1])) if match else None
@@ -85,19 +80,18 @@ def well_formed(text):
 
 
 def parse_step(text):
-    """"<<48/2=24>>" -> ([48, 2], 24), or None. Several brackets give all operands and the last result."""
+    """"<<48/2=24>>" -> ([48, 2], 24), or None. Of several brackets: all operands, the last result."""
     text = " ".join(text.replace("−", "-").split())
     if STEP_PATTERN.sub("", text).strip():
         return None  # there is text outside the brackets
     operands, result = [], None
     for expression, last in STEP_PATTERN.findall(text):
-        result, open_brackets, end = parse_number(last), 0, 0
-        while open_brackets >= 0 and (term := TERM.match(expression, end)):
-            open_brackets += term[0].count("(") - term[0].count(")")
+        result, depth, end = parse_number(last), 0, 0
+        while depth >= 0 and (term := TERM.match(expression, end)):
+            depth += term[0].count("(") - term[0].count(")")
             operands.append(parse_number(term[1] + term[2]))
             end = term.end()
-        whole = end == len(expression) > 0 and not open_brackets
-        if not whole or result is None or None in operands:
+        if depth or not 0 < end == len(expression) or None in (result, *operands):
             return None
     return None if result is None else (operands, result)
 
@@ -108,13 +102,13 @@ ASSETS = Path(__file__).with_name("assets") / "builtin"  # the built-in task, ma
 TEST_SETS = ("in_dist", "hard", "reworded", "easy")  # like the paper's GSM8K, GSM-Hard, SVAMP, MultiArith
 BUILTIN = {"builtin": ("train", "valid"), "chain": ("train", "valid", "test"),
            **dict.fromkeys(TEST_SETS, ("test",))}
-# name -> split -> [file, SHA-256, address]
-DATASETS = json.loads(ASSETS.with_name("datasets.json").read_text())
-HELD_OUT = 500  # items at the end of "train" that are "valid" where a dataset has none
+DATASETS = json.loads(ASSETS.with_name("datasets.json").read_text())  # name: {split: [file, SHA-256, address]}
+HELD_OUT = 500  # items at the end of "train" that are "valid" if a dataset has none
 FORMS = [  # keys of an item; the last is the answer
     ("question", "answer"),  # GSM8K; with "steps" Coconut, ATP-Latent; with "cot" GSM8K-Aug on hubs
     ("problem", "answer"), ("input", "target"),  # the latter: PAL's GSM-Hard and MultiArith
     ("Body", "Question", "Equation", "Answer")]  # SVAMP
+ARRAY = re.compile(r"\s*\[(\s*\{|(?!.*\|\|))")  # how JSON begins, and not "[Hard] How many?||..."
 decode_json = json.JSONDecoder(parse_float=Decimal).decode  # numbers stay exact
 
 
@@ -124,16 +118,17 @@ def load(name, split, data_dir="data"):
     if name in BUILTIN:
         files = {s: ASSETS / f"{name}_{s}.txt.gz" for s in BUILTIN[name]}
     elif name in DATASETS:
-        files = {s: Path(data_dir, file).expanduser() for s, (file, *_) in DATASETS[name].items()}
+        files = {s: Path(data_dir, file) for s, (file, *_) in DATASETS[name].items()}
     else:
-        files = dict.fromkeys(("train", "test"), Path(name).expanduser())
+        files = dict.fromkeys(("train", "test"), Path(name))
     source = "train" if split == "valid" and "valid" not in files else split
     if source not in files:
         raise ValueError(f"{name} has no split '{split}'")
-    if not files[source].is_file():
-        raise FileNotFoundError(f"no dataset and no file '{files[source]}'; run `python data.py {name} "
-                                f"--data_dir {data_dir}` for a dataset: {', '.join(DATASETS)}")
-    examples = read_file(files[source])
+    path = files[source].expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no dataset and no file '{path}'; run `python data.py {name} --data_dir "
+                                f"{data_dir}` for a dataset: {', '.join(DATASETS)}")
+    examples = read_file(path)
     if split == "test" or "valid" in files:
         return examples
     held_out = HELD_OUT if name in DATASETS else max(1, min(HELD_OUT, len(examples) // 20))
@@ -141,10 +136,11 @@ def load(name, split, data_dir="data"):
 
 
 def read_file(path):
-    """The examples of a JSON array or of lines, packed if built in. Items whose answer is no number are left
-    out, with one note. Any other fault is a ValueError "file:line: what is wrong"."""
+    """The examples of a JSON array or of lines. Items whose answer is no number are left out, with one note.
+    Any other fault is a ValueError "file:line: what is wrong"."""
     try:
-        items = split_items(read_text(path))
+        text = read_text(path)
+        items = decode_json(text) if ARRAY.match(text) else text.split("\n")
     except Exception as error:
         raise ValueError(f"{path}: broken ({error})") from None
     examples, left_out = [], []
@@ -164,8 +160,8 @@ def read_file(path):
 
 
 def read_text(path):
-    """A file's text, with \\n as line end. ValueError: it is what Git LFS leaves in place of a file."""
-    unpack = gzip.open if path.resolve().parent == ASSETS.resolve() and path.suffix == ".gz" else open
+    """A file's text, unpacked if it is a .gz, with \\n as line end."""
+    unpack = gzip.open if path.suffix == ".gz" else open
     with unpack(path, "rt", encoding="utf-8-sig", errors="surrogateescape") as file:
         text = file.read()
     if text.startswith("version https://git-lfs"):
@@ -173,32 +169,20 @@ def read_text(path):
     return text
 
 
-def split_items(text):
-    """The items of a JSON array, or the lines of a text."""
-    if text.lstrip().startswith("["):
-        try:
-            return decode_json(text)
-        except Exception:
-            if "||" not in text.lstrip().split("\n")[0]:  # else it is a question: "[Hard] How many?||..."
-                raise
-    return text.split("\n")
-
-
 def parse_item(item):
-    """A line (JSON, or "question||<<48/2=24>> #### 24") or a dict of FORMS -> (question, steps, answer).
-    The answer is None where it is no number."""
-    if isinstance(item, str) and item.lstrip().startswith("{"):
-        item = decode_json(item)
-    elif isinstance(item, str) and "||" in item:
-        item = dict(zip(("question", "answer"), item.rsplit("||", 1)))
-    keys = next((form for form in FORMS if isinstance(item, dict) and item.keys() >= set(form)), None)
+    """A line (JSON, or "question||<<48/2=24>> #### 24") or a dict of FORMS -> (question, steps, answer);
+    the answer is None if it is no number."""
+    if isinstance(item, str):
+        is_json = item.lstrip().startswith("{")
+        item = decode_json(item) if is_json else dict(zip(("question", "answer"), item.rsplit("||", 1)))
+    keys = next((form for form in FORMS if {*form} <= {*item}), None)
     if keys is None:
         raise ValueError(f"neither 'question||<<..>> #### answer' nor an object with keys as {FORMS}")
     question, answer = item[keys[0]].strip(), item[keys[-1]]
     if not question:
         raise ValueError("no question")
     if isinstance(answer, Decimal) and abs(answer.adjusted()) < MAX_NUMBER:
-        answer = format(answer, "f")  # no exponent; "1e999999999" would fill the memory
+        answer = f"{answer:f}"  # no exponent; "1e999999999" would fill the memory
     text, _, answer = str(answer).rpartition("####")
     number = parse_number(answer)
     answer = None if number is None else format_number(number)
@@ -220,7 +204,6 @@ GPT2_PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(
 DIGITS_PATTERN = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
 EOS_NAMES = ("<|end_of_text|>", "<|im_end|>", "<|endoftext|>", "<eos>")
 MAX_TEXT = 250_000  # characters; millions of blanks overflow the stack of tiktoken's regex engine
-MAX_WORD = 1_000  # bytes
 # fields of tokenizer.json that are handled or change no ids; any other must be empty
 HANDLED = {"version", "model", "type", "vocab", "merges", "ignore_merges", "fuse_unk", "added_tokens", "id",
            "content", "special", "normalized", "pre_tokenizer", "post_processor", "decoder"}
@@ -231,9 +214,8 @@ CHAR_TO_BYTE = {b: b for b in PRINTABLE} | dict(enumerate(sorted({*range(256)} -
 
 
 class Tokenizer:
-    """Byte-level BPE by tiktoken with the ids that Hugging Face's library gives for `file`, the content of a
-    tokenizer.json; what would change them is refused by name. special: {name: id} of added tokens;
-    vocab_size: number of ids; bos_id, eos_id: int or None."""
+    """Byte-level BPE by tiktoken with the ids of Hugging Face's library for `file`, the content of a
+    tokenizer.json; what would change them is refused by name. special: {name: id} of added tokens."""
 
     def __init__(self, file):
         self.file, model, added = file, file["model"], file["added_tokens"]
@@ -244,17 +226,15 @@ class Tokenizer:
         if {*map(type, ids.values())} != {int} or sorted(ids.values()) != [*range(len(ids))] or "" in ids:
             raise ValueError("the ids of model.vocab and added_tokens are not 0, 1, 2, ..., or one is empty")
         self.vocab_size, self.special = len(ids), {token["content"]: token["id"] for token in added}
-        plain = [token for token in added if not token.get("special")]
-        _check_fields(file, plain)
-        names = sorted((re.escape(token["content"]) for token in plain), key=len, reverse=True)
-        self._plain = re.compile(f"({'|'.join(names) or '(?!)'})")  # found in text, the longest first
         words = {word: id for word, id in model["vocab"].items() if word not in self.special}
-        _check_words(words, model)
-        tokens = {word.translate(CHAR_TO_BYTE).encode("latin-1"): id for word, id in words.items()}
-        self._bytes = {id: token for token, id in tokens.items()}
-        self._bytes |= {id: name.encode() for name, id in self.special.items()}
+        plain = [token for token in added if not token.get("special")]
+        _check(file, plain, words)
+        names = sorted((re.escape(token["content"]) for token in plain), reverse=True)  # the longest first
+        self._plain = re.compile(f"({'|'.join(names) or '(?!)'})")
+        self._bytes = {id: word.translate(CHAR_TO_BYTE).encode("latin-1") for word, id in words.items()}
         # tiktoken needs every byte; encode_ordinary drops those that the vocabulary lacks
-        ranks = {bytes([b]): LACKING + b for b in range(256)} | tokens
+        ranks = {bytes([b]): LACKING + b for b in range(256)} | {word: id for id, word in self._bytes.items()}
+        self._bytes |= {id: name.encode() for name, id in self.special.items()}
         pattern = _pattern(file["pre_tokenizer"])
         self._bpe = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         self.bos_id, *more = _begin(file) or [None]
@@ -264,9 +244,9 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, directory):
-        """bos begins a text if the post_processor says so, or add_bos_token where it says nothing. eos is
-        tokenizer_config.json's, else the first of config.json, else one of EOS_NAMES. Other special tokens
-        are dropped if the weights have no row for them."""
+        """bos begins a text if the post_processor says so, or add_bos_token if it says nothing. eos is
+        tokenizer_config.json's, else the first of config.json, else of EOS_NAMES. Other special tokens are
+        dropped if the weights have no row for them."""
         path = Path(directory, "tokenizer.json")
         if not path.is_file():
             raise FileNotFoundError(f"{directory} has no tokenizer.json (a model's folder on a hub has one)")
@@ -294,9 +274,9 @@ class Tokenizer:
             if bos and stated.get("add_bos_token") and _begin(file) is None:
                 self.bos_id = bos["id"]
             self.eos_id = eos["id"] if eos else self.eos_id
+            return self
         except Exception as error:
             raise ValueError(f"{path} is broken or not supported: {error!r:.300}") from None
-        return self
 
     def save_pretrained(self, directory):
         """Write tokenizer.json and tokenizer_config.json, for transformers as well."""
@@ -341,36 +321,33 @@ class Tokenizer:
         return [self.special[name] for name in names]
 
 
-def _check_fields(file, plain):
-    """ValueError for a field that might change ids. plain: the added tokens that are not special."""
-    for name, value in (item for part in (file, file["model"], *plain) for item in part.items()):
+def _check(file, plain, words):
+    """ValueError for what might change ids. plain: the added tokens that are not special.
+
+    Hugging Face merges listed pairs in their order, tiktoken any two neighbours that make a word, by id. They
+    agree if each word, merged from its bytes, ends in a listed pair. With ignore_merges, both find words that
+    no merging reaches where text is cut to exactly these."""
+    model = file["model"]
+    for name, value in (item for part in (file, model, *plain) for item in part.items()):
         if value and name not in HANDLED and value != {"type": "Sequence", "normalizers": []}:
             raise ValueError(f"{name} ({value!r:.60}) is not supported")
     if len({token.get("normalized") for token in plain}) > 1:
         raise ValueError("added_tokens of which some are normalized are not supported")
-
-
-def _check_words(words, model):
-    """Hugging Face merges listed pairs in their order, tiktoken any two neighbours that make a word, by id.
-    They agree if each word, merged from its bytes, ends in a listed pair. With ignore_merges, words that no
-    merging reaches are found by both where text is cut to exactly these."""
-    odd = {*map(ord, "".join(words))} - CHAR_TO_BYTE.keys()
-    if odd or max(map(len, words)) > MAX_WORD:
-        raise ValueError(f"model.vocab: {[*map(chr, odd)][:1]} is not of ByteLevel, or a word is too long")
-    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    odd = {*"".join(words)} - {*map(chr, CHAR_TO_BYTE)}
+    if odd or max(map(len, words)) > 1_000:
+        raise ValueError(f"model.vocab: {[*odd][:1]} is not of ByteLevel, or a word is too long")
+    pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
     made = [words[a + b] for a, b in pairs]
     if made != sorted(made):
         raise ValueError("model.merges whose ids do not ascend are not supported")
-    pairs = {*map(tuple, pairs)}
+    pairs = {*pairs}
     for word in words:
         parts = [*word]
         while len(parts) > 2:
-            id, i = min((words.get(parts[i] + parts[i + 1], LACKING), i) for i in range(len(parts) - 1))
-            if id == LACKING:
-                break
+            i = min(range(len(parts) - 1), key=lambda i: words.get(parts[i] + parts[i + 1], LACKING))
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        unreached = len(parts) > 2 and model.get("ignore_merges")
-        if len(parts) > 1 and tuple(parts) not in pairs and not unreached:
+        agree = tuple(parts) in pairs if words.keys() >= {*parts} else model.get("ignore_merges")
+        if len(parts) == 2 and not agree:
             raise ValueError(f"model.merges do not make {word!r:.40} of model.vocab")
 
 
