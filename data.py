@@ -102,7 +102,8 @@ ASSETS = Path(__file__).with_name("assets") / "builtin"  # the built-in task, ma
 TEST_SETS = ("in_dist", "hard", "reworded", "easy")  # like the paper's GSM8K, GSM-Hard, SVAMP, MultiArith
 BUILTIN = {"builtin": ("train", "valid"), "chain": ("train", "valid", "test"),
            **dict.fromkeys(TEST_SETS, ("test",))}
-DATASETS = json.loads(ASSETS.with_name("datasets.json").read_text())  # name: {split: [file, SHA-256, address]}
+# name: {split: [file, SHA-256, address]}
+DATASETS = json.loads(ASSETS.with_name("datasets.json").read_text())
 HELD_OUT = 500  # items at the end of "train" that are "valid" if a dataset has none
 FORMS = [  # keys of an item; the last is the answer
     ("question", "answer"),  # GSM8K; with "steps" Coconut, ATP-Latent; with "cot" GSM8K-Aug on hubs

@@ -566,8 +566,8 @@ def save_or_stop(run, optimizer, total):
 # --- supervised stage (paper, section 3.2) ---
 
 def curriculum(cfg, latent, n):
-    """[(stage, its first step, its last + 1)]. At stage s the first s reasoning steps are latent, up to K, and
-    the others are text; after stage K comes a last one, without the others."""
+    """[(stage, its first step, its last + 1)]. At stage s the first min(s, K) reasoning steps are latent, the
+    others text; stage K + 1 leaves these out."""
     epochs = [cfg.cot_epochs, *[cfg.epochs_per_stage] * cfg.max_steps, cfg.final_epochs]
     epochs = epochs if latent else [sum(epochs)]
     steps = {s: max(1, round(e * n / cfg.batch_size)) for s, e in enumerate(epochs) if e > 0}
