@@ -34,29 +34,29 @@ def coherence(steps, answer):
     return coherent / max(1, len(steps))
 
 
-def compute_rewards(model, rollout, examples, tokenizer, w_acc, w_fmt, w_coh):
+def compute_rewards(model, rollout, examples, tokenizer, cfg):
     """The rewards and their parts, float tensors (B,) on the CPU. Row b answers examples[b // group]. Only
-    plans of right answers are decoded; all with w_acc 0, where no label is used."""
+    plans of right answers are decoded; all with --w_acc 0, where no label is used."""
     texts, ended = model.texts(rollout.tokens, rollout.lengths, tokenizer)
     correct = [is_correct(text, examples[b // rollout.group]) for b, text in enumerate(texts)]
     form = [end and well_formed(text) for text, end in zip(texts, ended)]
     correct, form = torch.tensor(correct).float(), torch.tensor(form).float()
     coherent, decoded = torch.zeros(2, len(texts))
-    if model.decoder is not None and w_coh:
-        decoded = correct if w_acc else torch.ones_like(correct)
+    if model.decoder is not None and cfg.w_coh:
+        decoded = correct if cfg.w_acc else torch.ones_like(correct)
         rows = decoded.nonzero().flatten().tolist()
         plans = model.plan_texts(rollout.plan.z[rows], rollout.plan.steps[rows], tokenizer)
         for row, plan in zip(rows, plans):
             coherent[row] = coherence(plan, extract_answer(texts[row]))
-    reward = w_acc * correct + w_fmt * form + w_coh * coherent
+    reward = cfg.w_acc * correct + cfg.w_fmt * form + cfg.w_coh * coherent
     return dict(reward=reward, accuracy=correct, well_formed=form, coherence=coherent, decoded=decoded)
 
 
-def group_advantages(rewards, group, std_norm):
-    """r - mean in each group of rows, with std_norm divided by the unbiased deviation. (B,) -> (B,)."""
-    r = rewards.view(-1, group)
+def group_advantages(rewards, cfg):
+    """r - mean in each group, with --std_norm divided by the unbiased deviation. (B,) -> (B,)."""
+    r = rewards.view(-1, cfg.group)
     a = r - r.mean(1, keepdim=True)
-    if std_norm:
+    if cfg.std_norm:
         a = a / (r.std(1, keepdim=True) + 1e-8)
     equal = (r == r[:, :1]).all(1, keepdim=True)  # their mean may be off by rounding
     return a.masked_fill(equal, 0.0).flatten()
@@ -200,10 +200,9 @@ def rl_step(run, ddp, reference, optimizer, examples):
     with run.autocast():
         rollout = model.rollout([e.question for e in mine], G, noise, cfg.max_answer)
         rolled = time.time()
-        result = compute_rewards(model, rollout, [e.example for e in mine], run.tokenizer,
-                                 cfg.w_acc, cfg.w_fmt, cfg.w_coh)
+        result = compute_rewards(model, rollout, [e.example for e in mine], run.tokenizer, cfg)
     scored = time.time()
-    advantages = group_advantages(result["reward"], G, cfg.std_norm)
+    advantages = group_advantages(result["reward"], cfg)
     result |= dict(latents=rollout.plan.steps * cfg.thoughts_per_step, advantage=advantages.abs())
     stats = run.mean({k: v.sum() * run.world / (Q * G) for k, v in result.items()})
     stats["coherence"] /= max(stats.pop("decoded"), 1 / (Q * G))  # of the plans that were decoded

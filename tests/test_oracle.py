@@ -6,11 +6,13 @@ import oracle
 import pytest
 import torch
 from rl import LogProbs, group_advantages, objective
+from train import Config
 from transformers import LlamaConfig, LlamaForCausalLM
-from vae import Noise, collate
+from vae import METHODS, Noise, collate
 
 PARTS = "answer", "decode", "stop", "kl"
 HAS = {"atp": PARTS, "simcot": PARTS[:2], "coconut": PARTS[:1], "cot": PARTS[:1], "nocot": PARTS[:1]}
+assert HAS.keys() == METHODS.keys()  # a new method needs its line in the oracle
 SHAPES = (2, 3, 0), (1, 2, 1), (2, 4, 2), (1, 3, 3)  # c, K, seed
 REWARDS = [1.5, 0.0, 0.55, 1.6, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.1, 0.0]  # of three groups of four rollouts
 
@@ -121,7 +123,7 @@ def test_losses_with_another_llama(method, stage, tmp_path):
 
 @pytest.mark.parametrize("rewards", (REWARDS, [0.1 * i for i in range(12)], [1e-9, 0.0, 0.0, 0.0]))
 def test_advantages(rewards):
-    got, want = group_advantages(torch.tensor(rewards), 4, True), torch.tensor(oracle.advantages(rewards, 4))
+    got, want = group_advantages(torch.tensor(rewards), Config(group=4, std_norm=True)), torch.tensor(oracle.advantages(rewards, 4))
     error = float((got - want).abs().max() / want.abs().max())
     assert error < 1e-9, f"off by {error:.2g} of the largest"
 

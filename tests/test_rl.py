@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import oracle
 import pytest
@@ -39,13 +40,14 @@ def test_coherence(steps, answer, want):
 
 def test_advantages():
     r = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.5, 0.5, 0.5, 0.5])
-    a = group_advantages(r, 4, True)
+    cfg = lambda group, std_norm=True: SimpleNamespace(group=group, std_norm=std_norm)
+    a = group_advantages(r, cfg(4))
     assert torch.allclose(a, torch.tensor([1.0, -1, -1, 1, 0, 0, 0, 0]) * 0.75**0.5, atol=1e-3)
-    assert group_advantages(r, 4, False).tolist() == [0.5, -0.5, -0.5, 0.5, 0, 0, 0, 0]
-    assert group_advantages(torch.full((7,), 1.6), 7, True).tolist() == [0.0] * 7  # though 7 x 1.6 / 7 is not 1.6 in fp32
+    assert group_advantages(r, cfg(4, False)).tolist() == [0.5, -0.5, -0.5, 0.5, 0, 0, 0, 0]
+    assert group_advantages(torch.full((7,), 1.6), cfg(7)).tolist() == [0.0] * 7  # though 7 x 1.6 / 7 is not 1.6 in fp32
     x = torch.randn(6, 8)
     want = (x - x.mean(1, True)) / (x.std(1, keepdim=True) + 1e-8)
-    torch.testing.assert_close(group_advantages(x.flatten(), 8, True).view(6, 8), want)
+    torch.testing.assert_close(group_advantages(x.flatten(), cfg(8)).view(6, 8), want)
 
 
 class Words:
@@ -71,16 +73,17 @@ def test_score():
     # right, wrong, right but malformed, right but never ended
     tokens = [[1, 2, E], [1, 3, E], [6, 1, 2, E], [1, 2]]
     model, rollout = fake(tokens, [[[4], [5]], [[4], [5]], [[4], [6]], []])
-    got = compute_rewards(model, rollout, [example], Words(), 1.0, 0.5, 0.1)
+    got = compute_rewards(model, rollout, [example], Words(), train.Config(w_acc=1.0, w_fmt=0.5, w_coh=0.1))
     assert got["accuracy"].tolist() == [1, 0, 1, 1]
     assert got["well_formed"].tolist() == [1, 1, 0, 0]
     assert got["coherence"].tolist() == [1.0, 0.0, 0.0, 0.0]
     assert got["decoded"].tolist() == [1, 0, 1, 1]  # the second plan, coherent by half, would earn nothing
     torch.testing.assert_close(got["reward"], torch.tensor([1.6, 0.5, 1.0, 1.0]))
     # coherence only: no label is used, so another label changes nothing
-    got = compute_rewards(model, rollout, [example], Words(), 0.0, 0.5, 1.0)
+    alone = train.Config(w_acc=0.0, w_fmt=0.5, w_coh=1.0)
+    got = compute_rewards(model, rollout, [example], Words(), alone)
     assert got["coherence"].tolist() == [1.0, 0.5, 0.0, 0.0] and got["decoded"].tolist() == [1, 1, 1, 1]
-    other = compute_rewards(model, rollout, [replace(example, answer="5")], Words(), 0.0, 0.5, 1.0)
+    other = compute_rewards(model, rollout, [replace(example, answer="5")], Words(), alone)
     assert got["reward"].tolist() == other["reward"].tolist() == [1.5, 1.0, 0.0, 0.0]
 
 

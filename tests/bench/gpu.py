@@ -88,7 +88,7 @@ def rl_1b(b, args):
         run = Run(replace(b.cfg, latent_grad=grad, minibatch=minibatch), "rl")
         b.use(run)
         ddp, optimizer = bench.reinforced(b)
-        weights, last = (run.cfg.w_acc, run.cfg.w_fmt, run.cfg.w_coh), {}
+        last = {}
 
         def roll(step):
             questions = b.batch(step, Q)
@@ -100,7 +100,7 @@ def rl_1b(b, args):
         def decode():
             with run.autocast():
                 # all answers are right, so all plans are decoded
-                compute_rewards(b.model, last["rollout"], last["examples"], bench.Stub(), *weights)
+                compute_rewards(b.model, last["rollout"], last["examples"], bench.Stub(), run.cfg)
 
         def work(step):
             b.model.eval()

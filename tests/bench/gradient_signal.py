@@ -1,6 +1,7 @@
 """What `python tests/bench/bench.py --signal` and `--diversity` print: studies of trained checkpoints."""
 
 from statistics import mean
+from types import SimpleNamespace
 
 import torch
 
@@ -57,9 +58,9 @@ def signal(path, questions=512, group=8):
             d = model.policy.config.hidden_size
             noise = Noise.draw(64 * group, model.config, d, 16, generator(seed, i))
             rollout = model.rollout([e.question for e in part], group, noise)
-            weights = cfg["w_acc"], cfg["w_fmt"], cfg["w_coh"]
-            result = compute_rewards(model, rollout, [e.example for e in part], tokenizer, *weights)
-            advantages = group_advantages(result["rewards"], group, std_norm=True)
+            settings = SimpleNamespace(**{**cfg, "group": group, "std_norm": True})
+            result = compute_rewards(model, rollout, [e.example for e in part], tokenizer, settings)
+            advantages = group_advantages(result["reward"], settings)
             add_gradients(total, model, rollout, advantages / (questions * group), params)
         return total
 

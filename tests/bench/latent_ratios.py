@@ -9,6 +9,7 @@ import torch
 
 from model import LLaMA, LLaMAConfig
 from rl import LogProbs, group_advantages, objective
+from train import Config
 from vae import METHODS, LatentConfig, LatentReasoner, Noise
 
 
@@ -29,7 +30,7 @@ def measure(d, sigma, latent_mean=False, layers=4):
     step, which PPO would see only in a second epoch over the same rollouts."""
     model, rollout = setup(d, sigma, layers)
     log_probs, params, scale = LogProbs(model, "score"), list(model.parameters()), d if latent_mean else 1
-    advantages = group_advantages(torch.randint(2, (128,)).float(), 8, std_norm=True).view(16, 8)
+    advantages = group_advantages(torch.randint(2, (128,)).float(), Config(group=8, std_norm=True)).view(16, 8)
     optimizer = torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0)
     parts = [rollout.select(range(16), [g]) for g in range(8)]
     old, rows = [log_probs(part).detached() for part in parts], {}
