@@ -157,10 +157,10 @@ def evaluate_runs(rows, sets, split, data_dir, *options):
 
 
 def parser():
-    p = Parser(description="Evaluate checkpoints. Defaults are in brackets.")
+    p = Parser(description="Evaluate checkpoints (defaults in brackets).")
     add = p.add_argument
     add("--data", nargs="+", default=TEST_SETS, help=f"test sets or files {TEST_SETS}")
-    add("--data_dir", default="data", help="of the published files (data)")
+    add("--data_dir", default="data", help="folder of published files (data)")
     add("--split", default="test", choices=["test", "valid", "train"], help="of each (test)")
     add("--limit", type=int, default=0, help="questions of each (0: all)")
     add("--samples", type=int, default=0, help="rollouts a question: pass@k, maj@k")
@@ -172,7 +172,7 @@ def parser():
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: a GPU if any")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 on a GPU")
     add("--compile", default="auto", choices=["auto", "yes", "no"], help="auto: on a GPU")
-    add("--json", type=expanduser, default="", help="file for all figures")
+    add("--json", type=expanduser, default="", help="file for figures")
     return p
 
 

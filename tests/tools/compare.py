@@ -2,8 +2,8 @@
 
     python tests/tools/compare.py out_0 out_1 out_2 --baseline out_0/vae
 
-Folders first, then eval.py's flags. Of each run in a folder the newest checkpoint is taken; those of a row are
-named below the table.
+Folders first, then the flags of eval.py. Of each run the newest checkpoint is taken; the table is followed by
+the checkpoints of each row.
 """
 
 import os
