@@ -72,7 +72,7 @@ class LLaMAConfig:
         if config.rope_scaling and not 0 < rope["low_freq_factor"] < rope["high_freq_factor"] < math.inf:
             raise ValueError("rope_scaling needs 0 < low_freq_factor < high_freq_factor")
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        if ends != [None] and not all(type(i) is int and abs(i) < 2**31 for i in ends):
+        if config.eos_token_id is not None and not all(type(i) is int and abs(i) < 2**31 for i in ends):
             raise ValueError(f"eos_token_id must be integers, not {ends}")
         return config
 

@@ -312,7 +312,7 @@ class LatentReasoner(nn.Module):
         uniform (B, K): samples the stops, None: stop where p(stop) > 1/2."""
         config, c, latents, stop_z = self.config, self.config.thoughts_per_step, [], []
         alive = torch.ones_like(h[:, 0], dtype=torch.bool)
-        taken = torch.zeros_like(alive, dtype=torch.long)
+        taken, all_stopped = torch.zeros_like(alive, dtype=torch.long), False
 
         def draw(h, k, j):
             """Latent j of reasoning step k: z, mu, logvar (B, d)."""
@@ -329,13 +329,14 @@ class LatentReasoner(nn.Module):
                 p_stop = self.stop_logits(latent[0]).softmax(dim=-1)[:, 1]
                 alive = alive & ~(p_stop > (0.5 if uniform is None else uniform[:, k]))
                 if not alive.any():
+                    all_stopped = True
                     break
             taken = taken + alive
             for j in range(c):
                 latent = draw(h, k, j) if j else latent
                 latents.append(latent)
                 h = self.policy.step(latent[0][:, None], cache, alive[:, None])[:, 0]
-        if steps is not None or alive.any():  # else all have stopped, and the head has looked at that latent
+        if not all_stopped:  # else the last latent that the stop head saw is there already
             # given plans may stop at the first latent after the longest one: it is drawn, but not fed back
             beyond = steps is not None and config.stop and limit < config.max_steps
             stop_z.append(draw(h, limit, 0)[0] if beyond else torch.zeros_like(h))

@@ -117,8 +117,9 @@ def test_a_checkpoint_that_is_half_deleted_is_not_seen(tmp_path, data, old_run, 
 
 
 def test_a_batch_in_which_no_group_varies_is_skipped(tmp_path, warm, data, monkeypatch):
-    real = rl_module.score
-    monkeypatch.setattr(rl_module, "score", lambda *args: real(*args) | {"reward": torch.full((16,), 0.7)})
+    real = rl_module.compute_rewards
+    equal = lambda *args: real(*args) | {"reward": torch.full((16,), 0.7)}
+    monkeypatch.setattr(rl_module, "compute_rewards", equal)
     train(command(tmp_path, data, "--max_iters", "3", "--init", str(warm), stage="rl"))
     before, after = weights(warm, "vae"), weights(tmp_path, "rl")
     assert_same({k: v for k, v in before.items() if not k.startswith("optimizer")}, after, exact=True)
@@ -235,12 +236,12 @@ def test_fewer_examples_than_processes_and_unlike_shares(tmp_path, warm, data):
     own += ["--init", str(warm), "--kl_coef", "0"]
     body = JOIN + f"""
 train.main({command(tmp_path / "a", two, *vae)!r})
-real = rl.score
-def score(*args):
+real = rl.compute_rewards
+def unlike(*args):
     result = real(*args)
     n = len(result["reward"])
     return result | {{"reward": torch.ones(n) if rank else torch.arange(n) % 2 / 1.0}}
-rl.score = score
+rl.compute_rewards = unlike
 train.main({command(tmp_path / "b", data, *own, stage="rl")!r})
 """ + LEAVE
     status, errors = torchrun(tmp_path, body)

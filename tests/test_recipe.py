@@ -160,13 +160,13 @@ def walk(init, data, out, method):
 @pytest.fixture
 def graded(monkeypatch, precision):
     """An untrained model has no right answer to learn from: every other rollout is rewarded."""
-    score = rl.score
+    graded = rl.compute_rewards
 
     def by_turns(*args):
-        result = score(*args)
+        result = graded(*args)
         return result | {"reward": (torch.arange(len(result["reward"])) % 2).float()}
 
-    monkeypatch.setattr(rl, "score", by_turns)
+    monkeypatch.setattr(rl, "compute_rewards", by_turns)
 
 
 def check_road(init, data, out, method, capsys):

@@ -190,6 +190,7 @@ def test_new_tokens_begin_like_a_step(tmp_path, vae, data):
         assert torch.equal(rows[tokenizer.special[name]], rows[like])
     model.policy.save_pretrained(tmp_path)
     tokenizer.add_special("<|one|>", "<|more|>")
+    tokenizer.eos_id = tokenizer.special["<|more|>"]  # an id that is needed
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="its tokenizer has .* ids, its weights have rows for"):
         train(command(tmp_path / "out", data, "--init", str(tmp_path)))
@@ -596,7 +597,7 @@ def test_a_system_without_fcntl_is_one_line():
 def test_nohup_is_respected():
     code = "import signal; {}; import train; print(signal.SIGHUP in train.ASK_TO_STOP)"
     ignore = "signal.signal(signal.SIGHUP, signal.SIG_IGN)"
-    assert [python(code.format(first)).stdout for first in (ignore, "pass")] == ["False\n", "True\n"]
+    assert [python(code.format(first)).stdout for first in (ignore, ignore.replace("IGN", "DFL"))] == ["False\n", "True\n"]
 
 
 @pytest.mark.parametrize("number", ("ENOSYS", "ENOLCK", "EOPNOTSUPP"))
@@ -671,6 +672,8 @@ def test_gradient_that_is_not_finite_stops_before_the_step(tmp_path, data, warm,
     monkeypatch.setattr(Run, "clip_gradients", watched)
     monkeypatch.setattr(module, "collate", poisoned_batch)
     monkeypatch.setattr(rl_module, "objective", poisoned_loss)
+    rewards = rl_module.compute_rewards  # unlike ones in each group, or there would be no step
+    monkeypatch.setattr(rl_module, "compute_rewards", lambda *args: rewards(*args) | {"reward": torch.arange(16.0)})
     flags = ["--save_every", "1", "--minibatch", "16", *stage_flags(stage, warm)]  # one update a batch
     with pytest.raises(FloatingPointError, match="step 3: the gradient norm is nan"):
         train(command(tmp_path, data, *flags, stage=stage))
@@ -709,6 +712,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, vae, data, number, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "collate", collate)
+        patch.setattr(module, "ASK_TO_STOP", module.ASK_TO_STOP | {number})  # the tests may run under nohup
         with pytest.raises(SystemExit) as e:
             train(command(tmp_path, data, "--max_iters", "8"))
     assert e.value.code == 128 + number and signal.getsignal(number) is before
