@@ -1,4 +1,7 @@
-"""The answer check, readers, the tokenizer; `python data.py NAME...` downloads datasets into --data_dir."""
+"""Questions, answers and tokens: answer check, readers, tokenizer, encoding, downloads.
+
+    python data.py gsm8k svamp      download these into --data_dir; files that are there are only checked
+"""
 import argparse
 import gzip
 import hashlib
@@ -14,6 +17,8 @@ from pathlib import Path
 import tiktoken
 
 
+# --- examples and the answer check ---
+
 @dataclass(frozen=True)
 class Example:
     question: str
@@ -25,14 +30,14 @@ class Example:
 MAX_NUMBER = 64  # characters
 DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"  # "1,000", "12.50", "72.", ".5"
 NUMBER = re.compile(rf"((?:[-+]?\$?|\$[-+]){DIGITS})%?\.?")  # nothing else: "-$5", "$-5", "72%."
-# makes another number of the one before: "7 1/2", "7 and a half", "3 to 4", "3 or 4", "5 million"
+# what makes another number of the one before: "7 1/2", "7 and a half", "3 to 4", "3 or 4", "5 million"
 CHANGE = (r"[ \t]+(?:(?:(?:[-–+*/x×÷^=]|and|over|times|to) *)?[\\$€£(.]*[0-9¼-¾⅐-⅞]|\\d?frac|\\times"
           r"|or\b|(?:and )?(?:an? |one )?half\b|(?:hundred|thousand|[mbtr]+illion|dozen)\b)")
 # bold or LaTeX, the number with its currency, then a unit, the end of bold or LaTeX, punctuation
 ANSWER = re.compile(rf"(?:\*\*|\$|\\boxed\{{)*([-+]?(?:\\?[$€£] ?)?[-+]?{DIGITS})[*$€£%}}\\)\].,;:!?]*"
                     rf"(?!\S|{CHANGE})", re.IGNORECASE)
 STEP_PATTERN = re.compile(r"<<([^<>=\n]*)=([^<>=\n]*)>>")
-# operator (not before the first operand), "-(" or "(", the operand's sign and digits, ")"
+# an operand and what is around it: operator (not before the first), "-(" or "(", sign, digits, ")"
 TERM = re.compile(rf"(?:^|(?!^)(?://|[-+*/x×÷])) ?(?:[-+]? ?\( ?)*([-+]?) ?\$?({DIGITS})%?(?: ?\))* ?")
 
 
@@ -54,7 +59,8 @@ def numbers_equal(a, b):
 
 
 def extract_answer(text):
-    """The number after the last "###": "### $ 72, in total" -> "72"; None also for "### 5 million"."""
+    """The number after the last "###" or "####": "### $ 72, in total" -> "72". None if there is none, or if
+    words change it: "### 5 million"."""
     _, marker, rest = text.rpartition("###")
     match = ANSWER.match(rest.lstrip()[:2 * MAX_NUMBER].replace("−", "-")) if marker else None
     number = parse_number(re.sub(r"[\\$€£ ]", "", match[1])) if match else None
@@ -78,35 +84,38 @@ def parse_step(text):
     text = " ".join(text.replace("−", "-").split())
     if STEP_PATTERN.sub("", text).strip():
         return None  # there is text outside the brackets
-    operands = []
+    operands, result = [], None
     for expression, last in STEP_PATTERN.findall(text):
         result, depth, end = parse_number(last), 0, 0
         while depth >= 0 and (term := TERM.match(expression, end)):
             depth += term[0].count("(") - term[0].count(")")
             operands.append(parse_number(term[1] + term[2]))
             end = term.end()
-        if depth or not 0 < end == len(expression) or result is None:
+        if depth or not 0 < end == len(expression) or None in (result, *operands):
             return None
-    return (operands, result) if operands and None not in operands else None
+    return None if result is None else (operands, result)
 
+
+# --- readers ---
 
 ASSETS = Path(__file__).with_name("assets") / "builtin"  # the built-in task, made by tests/tools/make_task.py
 TEST_SETS = ("in_dist", "hard", "reworded", "easy")  # like the paper's GSM8K, GSM-Hard, SVAMP, MultiArith
 BUILTIN = {"builtin": ("train", "valid"), "chain": ("train", "valid", "test"),
            **dict.fromkeys(TEST_SETS, ("test",))}
-DATASETS = json.loads(ASSETS.with_name("datasets.json").read_text())  # {split: [file, SHA-256, URL]} each
-TIMEOUT = 30  # seconds without a byte of a download
+# name: {split: [file, SHA-256, address]}
+DATASETS = json.loads(ASSETS.with_name("datasets.json").read_text())
 HELD_OUT = 500  # items at the end of "train" that are "valid" if a dataset has none
-# keys of an item, the answer's last: GSM8K (with "steps" Coconut, with "cot" GSM8K-Aug on hubs), PAL's, SVAMP
-FORMS = [("question", "answer"), ("problem", "answer"), ("input", "target"),
-         ("Body", "Question", "Equation", "Answer")]
+FORMS = [  # keys of an item; the last is the answer
+    ("question", "answer"),  # GSM8K; with "steps" Coconut, ATP-Latent; with "cot" GSM8K-Aug on hubs
+    ("problem", "answer"), ("input", "target"),  # the latter: PAL's GSM-Hard and MultiArith
+    ("Body", "Question", "Equation", "Answer")]  # SVAMP
 ARRAY = re.compile(r"\s*\[(\s*\{|(?!.*\|\|))")  # how JSON begins, and not "[Hard] How many?||..."
 decode_json = json.JSONDecoder(parse_float=Decimal).decode  # numbers stay exact
 
 
 def load(name, split, data_dir="data"):
-    """The examples of a split ("train", "valid", "test") of a dataset, or of a user's file: "test" is all of
-    it, "valid" the last 5 % (1 to HELD_OUT), "train" the rest."""
+    """The examples of one split ("train", "valid", "test") of a dataset, or of a user's file: "test" is all
+    of it, "valid" the last 5 % (1 to HELD_OUT), "train" the rest."""
     if name in BUILTIN:
         files = {s: ASSETS / f"{name}_{s}.txt.gz" for s in BUILTIN[name]}
     elif name in DATASETS:
@@ -118,8 +127,8 @@ def load(name, split, data_dir="data"):
         raise ValueError(f"{name} has no split '{split}'")
     path = files[source].expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"no file '{path}'; run `python data.py {name} --data_dir {data_dir}` for "
-                                f"a dataset: {', '.join(DATASETS)}")
+        raise FileNotFoundError(f"no dataset and no file '{path}'; run `python data.py {name} --data_dir "
+                                f"{data_dir}` for a dataset: {', '.join(DATASETS)}")
     examples = read_file(path)
     if split == "test" or "valid" in files:
         return examples
@@ -128,19 +137,21 @@ def load(name, split, data_dir="data"):
 
 
 def read_file(path):
-    """The examples of a JSON array or of lines. Items whose answer is no number are left out, with a note;
-    any other fault is a ValueError "file:line: what is wrong"."""
-    examples, left_out, where = [], [], f"{path}: broken"
+    """The examples of a JSON array or of lines. Items whose answer is no number are left out, with one note.
+    Any other fault is a ValueError "file:line: what is wrong"."""
     try:
         text = read_text(path)
         items = decode_json(text) if ARRAY.match(text) else text.split("\n")
-        for number, item in enumerate(items, 1):
-            where = f"{path}:{number}"
+    except Exception as error:
+        raise ValueError(f"{path}: broken ({error})") from None
+    examples, left_out = [], []
+    for number, item in enumerate(items, 1):
+        try:
             if not isinstance(item, str) or item.strip():
                 example = Example(*parse_item(item), f"{path.name.removesuffix('.gz')}:{number}")
                 (left_out if example.answer is None else examples).append(example)
-    except Exception as error:
-        raise ValueError(f"{where}: {error}") from None
+        except Exception as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
     if not examples:
         raise ValueError(f"{path} is empty, or no item's answer is a number")
     if left_out:
@@ -160,14 +171,14 @@ def read_text(path):
 
 
 def parse_item(item):
-    """A line (JSON, or "question||<<48/2=24>> #### 24") or a dict of FORMS -> (question, steps, answer or
-    None if it is no number)."""
+    """A line (JSON, or "question||<<48/2=24>> #### 24") or a dict of FORMS -> (question, steps, answer);
+    the answer is None if it is no number."""
     if isinstance(item, str):
         is_json = item.lstrip().startswith("{")
         item = decode_json(item) if is_json else dict(zip(("question", "answer"), item.rsplit("||", 1)))
     keys = next((form for form in FORMS if {*form} <= {*item}), None)
     if keys is None:
-        raise ValueError(f"neither 'question||<<..>> #### answer' nor an object with {FORMS}")
+        raise ValueError(f"neither 'question||<<..>> #### answer' nor an object with keys as {FORMS}")
     question, answer = item[keys[0]].strip(), item[keys[-1]]
     if not question:
         raise ValueError("no question")
@@ -183,88 +194,120 @@ def parse_item(item):
     if isinstance(solution, list):
         solution = " ".join(solution)  # Coconut's files cut "<<5 * 3=15>>" at its blanks
     steps = re.findall(r"<<[^<>\n]*>>", solution)
-    "".join([question, *steps]).encode()  # an error if bytes were no UTF-8
+    "".join([question, *steps]).encode()  # ValueError: a lone surrogate, as of bytes that are no UTF-8
     return question, tuple(steps), answer
 
 
-# how text is cut before bytes are merged; the second also cuts at every digit
+# --- tokenizer ---
+
+# How text is cut before bytes are merged. DIGITS_PATTERN also cuts at every digit.
 GPT2_PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGITS_PATTERN = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
 EOS_NAMES = ("<|end_of_text|>", "<|im_end|>", "<|endoftext|>", "<eos>")
 MAX_TEXT = 250_000  # characters; millions of blanks overflow the stack of tiktoken's regex engine
-HANDLED = {"version", "model", "type", "vocab", "merges", "ignore_merges", "fuse_unk", "added_tokens",
-           "pre_tokenizer", "post_processor", "decoder"}  # any other field of tokenizer.json must be empty
-LACKING = 2**30  # ids from here on: bytes that a vocabulary lacks; tiktoken needs them, encoding drops them
+# fields of tokenizer.json that are handled or change no ids; any other must be empty
+HANDLED = {"version", "model", "type", "vocab", "merges", "ignore_merges", "fuse_unk", "added_tokens", "id",
+           "content", "special", "normalized", "pre_tokenizer", "post_processor", "decoder"}
+LACKING = 2**30  # ids from here on stand for bytes that a vocabulary lacks
 # tokenizer.json writes a printable byte as that character, the others as those from 256 on (GPT-2's table)
-PRINTABLE = [b for b in range(33, 256) if chr(b).isprintable()]
+PRINTABLE = [b for b in range(256) if chr(b).isprintable() and b != ord(" ")]
 CHAR_TO_BYTE = {b: b for b in PRINTABLE} | dict(enumerate(sorted({*range(256)} - {*PRINTABLE}), 256))
 
 
 class Tokenizer:
-    """Byte-level BPE by tiktoken. The ids are those of Hugging Face's library for `file`, a parsed
-    tokenizer.json; what would change them is refused. special: {name: id} of added tokens."""
+    """Byte-level BPE by tiktoken with the ids of Hugging Face's library for `file`, the content of a
+    tokenizer.json; what would change them is refused by name. special: {name: id} of added tokens."""
 
     def __init__(self, file):
-        self.file, ids = file, dict(file["model"]["vocab"])
-        for token in file["added_tokens"]:  # they count on from the vocabulary
-            if ids.setdefault(token["content"], len(ids)) != token["id"] or not token.get("special"):
-                raise ValueError(f"added_tokens: {token['content']!r:.40} is not special or no next free id")
+        self.file, model, added = file, file["model"], file["added_tokens"]
+        ids = dict(model["vocab"])
+        for token in added:  # they count on from the vocabulary
+            if ids.setdefault(token["content"], len(ids)) != token["id"]:
+                raise ValueError(f"added_tokens: {token['content']!r:.40} has not the next free id")
         if {*map(type, ids.values())} != {int} or sorted(ids.values()) != [*range(len(ids))] or "" in ids:
             raise ValueError("the ids of model.vocab and added_tokens are not 0, 1, 2, ..., or one is empty")
-        self.vocab_size = len(ids)
-        self.special = {token["content"]: token["id"] for token in file["added_tokens"]}
-        self.eos_id = next((self.special[name] for name in EOS_NAMES if name in self.special), None)
-        words = {word: id for word, id in ids.items() if word not in self.special}
-        _check(file, words)
-        post = file.get("post_processor") or {"type": "ByteLevel"}  # which moves offsets only
-        match [part for part in post.get("processors", [post]) if part["type"] != "ByteLevel"]:
-            case [] | [{"single": [{"Sequence": _}, *_]}]:  # it puts nothing before a text
-                self.bos_id = None
-            case [{"single": [{"SpecialToken": {"id": bos}}, {"Sequence": _}, *_], "special_tokens": known}] \
-                    if known[bos]["ids"] == [self.special[bos]]:
-                self.bos_id = self.special[bos]
-            case _:
-                raise ValueError(f"post_processor ({post!r:.60}) is not supported")
+        self.vocab_size, self.special = len(ids), {token["content"]: token["id"] for token in added}
+        words = {word: id for word, id in model["vocab"].items() if word not in self.special}
+        plain = [token for token in added if not token.get("special")]
+        _check(file, plain, words)
+        names = sorted((re.escape(token["content"]) for token in plain), reverse=True)  # the longest first
+        self._plain = re.compile(f"({'|'.join(names) or '(?!)'})")
         self._bytes = {id: word.translate(CHAR_TO_BYTE).encode("latin-1") for word, id in words.items()}
+        # tiktoken needs every byte; encode_ordinary drops those that the vocabulary lacks
         ranks = {bytes([b]): LACKING + b for b in range(256)} | {word: id for id, word in self._bytes.items()}
         self._bytes |= {id: name.encode() for name, id in self.special.items()}
-        self._bpe = tiktoken.Encoding("", pat_str=_pattern(file), mergeable_ranks=ranks, special_tokens={})
+        pattern = _pattern(file["pre_tokenizer"])
+        self._bpe = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self.bos_id, *more = _begin(file) or [None]
+        if more or self.bos_id not in {None, *self.special.values()}:
+            raise ValueError("post_processor: what it puts before a text is not one special token")
+        self.eos_id = next((self.special[name] for name in EOS_NAMES if name in self.special), None)
 
     @classmethod
     def from_pretrained(cls, directory):
-        """The tokenizer of a folder. eos is tokenizer_config.json's, else the first of EOS_NAMES."""
+        """bos begins a text if the post_processor says so, or add_bos_token if it says nothing. eos is
+        tokenizer_config.json's, else the first of config.json, else of EOS_NAMES. Other special tokens are
+        dropped if the weights have no row for them."""
         path = Path(directory, "tokenizer.json")
         if not path.is_file():
-            raise FileNotFoundError(f"{directory} has no tokenizer.json")
+            raise FileNotFoundError(f"{directory} has no tokenizer.json (a model's folder on a hub has one)")
         try:
-            self = cls(json.loads(read_text(path)))
+            file = json.loads(read_text(path))
+            added = {token["content"]: token for token in file["added_tokens"]}
             path = path.with_name("tokenizer_config.json")
-            if path.is_file() and (eos := json.loads(read_text(path)).get("eos_token")):
-                self.eos_id = self.special[eos["content"] if isinstance(eos, dict) else eos]
+            stated = json.loads(read_text(path)) if path.is_file() else {}
+            names = [stated.get("bos_token"), stated.get("eos_token")]  # a name, or an object with it
+            bos, eos = (added[n["content"] if isinstance(n, dict) else n] if n else None for n in names)
+            path = path.with_name("config.json")
+            config = json.loads(read_text(path)) if path.is_file() else {}
+            rows, end = config.get("vocab_size", LACKING), config.get("eos_token_id")
+            if not eos and end is not None:
+                by_id = {token["id"]: token for token in added.values()}
+                eos = by_id[end[0] if isinstance(end, list) else end]
+            path = path.with_name("tokenizer.json")
+            for token in filter(None, (bos, eos)):
+                token["special"] = True  # so that data cannot inject it
+            file["added_tokens"] = [token for token in added.values() if token["id"] < rows
+                                    or token in (bos, eos) or not token.get("special")]
+            self = cls(file)
+            if self.vocab_size > rows:
+                raise ValueError(f"its tokenizer has {self.vocab_size} ids, its weights have rows for {rows}")
+            if bos and stated.get("add_bos_token") and _begin(file) is None:
+                self.bos_id = bos["id"]
+            self.eos_id = eos["id"] if eos else self.eos_id
             return self
         except Exception as error:
             raise ValueError(f"{path} is broken or not supported: {error!r:.300}") from None
 
     def save_pretrained(self, directory):
-        """Write tokenizer.json and tokenizer_config.json, for transformers too."""
+        """Write tokenizer.json and tokenizer_config.json, for transformers as well."""
         names = {id: name for name, id in self.special.items()}
-        stated = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": names.get(self.bos_id),
-                  "eos_token": names.get(self.eos_id)}
+        stated = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": self.bos_id is not None,
+                  "bos_token": names.get(self.bos_id), "eos_token": names.get(self.eos_id)}
         Path(directory).mkdir(parents=True, exist_ok=True)
         Path(directory, "tokenizer.json").write_text(json.dumps(self.file))
         Path(directory, "tokenizer_config.json").write_text(json.dumps(stated))
 
     def encode_ordinary(self, text):
         """Text -> ids, never a special token's: data cannot inject one."""
-        return [id for id in self._bpe.encode_ordinary(text) if id < LACKING]
+        ids = []
+        try:
+            for i, part in enumerate(self._plain.split(text)):  # text, token, text, ...
+                ids += [self.special[part]] if i % 2 else self._bpe.encode_ordinary(part)
+            return [id for id in ids if id < LACKING]
+        except (Exception, KeyboardInterrupt):
+            raise
+        except BaseException:  # a panic of Rust's at a bad pattern
+            raise ValueError(f"the tokenizer's pattern fails on {text!r:.40}") from None
 
     def decode(self, ids):
         """Ids -> text, with U+FFFD for broken UTF-8 and unknown ids."""
         return b"".join(self._bytes.get(int(id), b"\xff") for id in ids).decode(errors="replace")
 
     def end_id(self):
+        """eos_id, or a ValueError."""
         if self.eos_id is None:
-            raise ValueError("no end token: tokenizer_config.json needs an eos_token")
+            raise ValueError("the tokenizer has no end token: tokenizer_config.json needs an eos_token")
         return self.eos_id
 
     def add_special(self, *names):
@@ -279,14 +322,18 @@ class Tokenizer:
         return [self.special[name] for name in names]
 
 
-def _check(file, words):
-    """ValueError for what might change ids. Hugging Face merges listed pairs in their order, tiktoken any two
-    neighbours that make a word, by id: the same if each word, merged from its bytes, ends in a listed pair.
-    With ignore_merges, both also find a word that no merging reaches if it is a whole piece of text."""
+def _check(file, plain, words):
+    """ValueError for what might change ids. plain: the added tokens that are not special.
+
+    Hugging Face merges listed pairs in their order, tiktoken any two neighbours that make a word, by id. They
+    agree if each word, merged from its bytes, ends in a listed pair. With ignore_merges, both find words that
+    no merging reaches where text is cut to exactly these."""
     model = file["model"]
-    for name, value in (*file.items(), *model.items()):
+    for name, value in (item for part in (file, model, *plain) for item in part.items()):
         if value and name not in HANDLED and value != {"type": "Sequence", "normalizers": []}:
             raise ValueError(f"{name} ({value!r:.60}) is not supported")
+    if len({token.get("normalized") for token in plain}) > 1:
+        raise ValueError("added_tokens of which some are normalized are not supported")
     odd = {*"".join(words)} - {*map(chr, CHAR_TO_BYTE)}
     if odd or max(map(len, words)) > 1_000:
         raise ValueError(f"model.vocab: {[*odd][:1]} is not of ByteLevel, or a word is too long")
@@ -305,9 +352,9 @@ def _check(file, words):
             raise ValueError(f"model.merges do not make {word!r:.40} of model.vocab")
 
 
-def _pattern(file):
-    """One regex that cuts text as the pre-tokenizers do one after another."""
-    parts = file["pre_tokenizer"].get("pretokenizers", [file["pre_tokenizer"]])
+def _pattern(pre):
+    """The one regex that cuts text as the pre-tokenizers of a tokenizer.json do one after another."""
+    parts = pre.get("pretokenizers", [pre])
     keys = ("type", "behavior", "individual_digits", "add_prefix_space")
     kind = [part[key] for part in parts for key in keys if key in part] + [parts[-1].get("use_regex", True)]
     if kind == ["ByteLevel", False, True]:
@@ -320,15 +367,32 @@ def _pattern(file):
     raise ValueError(f"pre_tokenizer {kind} is not supported")
 
 
+def _begin(file):
+    """The ids that a post_processor puts before a text; None where it has no template, which would tell."""
+    post, found = file.get("post_processor") or {"type": "ByteLevel"}, None
+    for part in post.get("processors", [post]):
+        if part["type"] not in ("TemplateProcessing", "ByteLevel"):  # the latter moves offsets only
+            raise ValueError(f"post_processor {part['type']!r:.40} is not supported")
+        if part["type"] == "TemplateProcessing":
+            before = part["single"][:["Sequence" in item for item in part["single"]].index(True)]
+            names = [item["SpecialToken"]["id"] for item in before]
+            found = [id for name in names for id in part["special_tokens"][name]["ids"]] + (found or [])
+    return found
+
+
+# --- encoding ---
+
 @dataclass
 class Encoded:
-    """Ids, with bos (if any) and eos. Each part is tokenized alone: latents replace whole steps."""
+    """Ids, with bos (if any) and eos. Each part is tokenized alone, so that no stage of the curriculum moves
+    the border between latents and text."""
     question: list[int]
     steps: list[list[int]]
     answer: list[int]
     example: Example
 
     def __len__(self):
+        """All ids, those of the answer included."""
         return len(self.question) + sum(map(len, self.steps)) + len(self.answer)
 
 
@@ -342,14 +406,20 @@ def encode_example(example, tokenizer):
 
 
 def encode_all(examples, tokenizer, max_len):
-    """Encode those of at most max_len ids, latents' start and end included -> (encoded, number skipped)."""
-    short = (e for e in examples if len(e.question) + sum(map(len, e.steps)) < MAX_TEXT)
-    kept = [item for e in short if len(item := encode_example(e, tokenizer)) + 2 <= max_len]
+    """Encode those of at most max_len ids, start and end of latents included -> (encoded, number skipped)."""
+    encoded = (encode_example(e, tokenizer) for e in examples
+               if len(e.question) + sum(map(len, e.steps)) < MAX_TEXT)
+    kept = [item for item in encoded if len(item) + 2 <= max_len]
     return kept, len(examples) - len(kept)
 
 
+# --- downloads and the command line ---
+
+TIMEOUT = 30  # seconds without a byte
+
+
 def download(file, digest, address, data_dir):
-    """Put a file into data_dir unless it is there -> its path."""
+    """Put a file into data_dir unless it is there. Returns its path."""
     path, part = Path(data_dir, file), Path(data_dir, file + ".part")
     if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == digest:
         return path
@@ -358,7 +428,7 @@ def download(file, digest, address, data_dir):
         with urllib.request.urlopen(address, timeout=TIMEOUT) as response:
             content = response.read()
     except Exception as error:
-        raise ConnectionError(f"{address}: {error}; run again, or copy {file} to {data_dir}") from None
+        raise ConnectionError(f"{address}: {error}; run again, or copy {file} into {data_dir}") from None
     if hashlib.sha256(content).hexdigest() != digest:
         raise ValueError(f"{address} is not the published {file}, whose SHA-256 is {digest}")
     part.write_bytes(content)
@@ -376,19 +446,25 @@ class Parser(argparse.ArgumentParser):
 
 
 def cli(main):
-    """Run main(). An error is one line, its exit status 2 if the user can mend it, else 1; 130: Ctrl-C."""
+    """Run main(). An error is one line, its exit status 2 if the user can mend it, else 1; 130: Ctrl-C; 141:
+    nobody reads the output any more, as in `| head -1`."""
     try:
-        status = main()
-        sys.stdout.flush()
-        sys.exit(status)
-    except BrokenPipeError:  # nobody reads the output any more, as in `| head -1`
-        os._exit(141)
+        sys.exit(main())
+    except BrokenPipeError:
+        sys.exit(141)
     except (ValueError, OSError, FloatingPointError) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")  # one write: processes may share it
+        # one write, or the lines of several processes could mix
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         sys.exit(2 if isinstance(error, (ValueError, FileNotFoundError)) else 1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        try:
+            print(end="", flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would complain at its end
+            sys.exit(141)
 
 
 def main():

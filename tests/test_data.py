@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 from decimal import Decimal as D
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -251,9 +250,7 @@ def test_numbers_of_json_are_exact(tmp_path, target, answer):
     (json.dumps([SVAMP, {"Body": "x"}]), ":2: neither"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0a39\nsize 5\n", "Git LFS pointer")])
 def test_bad_files(tmp_path, content, where):
-    start = time.perf_counter()
     refused(lambda: read(tmp_path / "a.json", content), tmp_path / "a.json", where)
-    assert time.perf_counter() - start < 2  # "1e999999999" is not written out
 
 
 @pytest.mark.parametrize("content", [
@@ -263,7 +260,7 @@ def test_bad_files(tmp_path, content, where):
 def test_items_without_a_number_are_left_out(tmp_path, capsys, content):
     """They are counted, and the first is named by line in one note. A file of which nothing is left is an
     error."""
-    good, start = "good||#### 7", time.perf_counter()
+    good = "good||#### 7"
     items = read(tmp_path / "a.txt", "\n".join([good, content, content, "", good]))
     assert [x.id for x in items] == ["a.txt:1", "a.txt:5"]
     note = "2 of 4 items are left out, as their answers are no numbers; the first is a.txt:2"
@@ -272,7 +269,6 @@ def test_items_without_a_number_are_left_out(tmp_path, capsys, content):
     assert capsys.readouterr().err == ""
     refused(lambda: read(tmp_path / "a.txt", f"{content}\n{content}"), "a.txt is empty, or no item's")
     refused(lambda: read(tmp_path / "a.txt", f"{content}\nnonsense"), "a.txt:2: neither")  # stays an error
-    assert time.perf_counter() - start < 5  # "1e999999999" is not written out
 
 
 def test_one_rule_for_all_files(tmp_path, capsys):
@@ -1023,10 +1019,9 @@ def test_network_failures(server, tmp_path, mode, text):
     server.mode = mode
     if mode == "offline":
         server.pin[2] = "http://127.0.0.1:9/svamp.json"
-    start = time.perf_counter()
     with pytest.raises(ConnectionError, match=f"(?s)svamp.json: .*{text}.*run again"):
         data.download(*server.pin, tmp_path)
-    assert time.perf_counter() - start < 5 and not (tmp_path / "svamp.json").exists()
+    assert not (tmp_path / "svamp.json").exists()
 
 
 def test_a_copied_file_is_checked_and_kept(server, tmp_path):

@@ -189,8 +189,7 @@ def test_new_tokens_begin_like_a_step(tmp_path, vae, data):
     for name in (START, END):
         assert torch.equal(rows[tokenizer.special[name]], rows[like])
     model.policy.save_pretrained(tmp_path)
-    tokenizer.add_special("<|one|>", "<|more|>")
-    tokenizer.eos_id = tokenizer.special["<|more|>"]  # an id that is needed
+    [tokenizer.eos_id] = tokenizer.add_special("<|more|>")  # an id that is needed
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="its tokenizer has .* ids, its weights have rows for"):
         train(command(tmp_path / "out", data, "--init", str(tmp_path)))
