@@ -1,12 +1,12 @@
 """Losses, their gradients and the RL objective against plain loops (tests/oracle.py), in float64."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import oracle
 import pytest
 import torch
 from rl import LogProbs, group_advantages, objective
-from train import Config
 from transformers import LlamaConfig, LlamaForCausalLM
 from vae import METHODS, Noise, collate
 
@@ -123,7 +123,8 @@ def test_losses_with_another_llama(method, stage, tmp_path):
 
 @pytest.mark.parametrize("rewards", (REWARDS, [0.1 * i for i in range(12)], [1e-9, 0.0, 0.0, 0.0]))
 def test_advantages(rewards):
-    got, want = group_advantages(torch.tensor(rewards), Config(group=4, std_norm=True)), torch.tensor(oracle.advantages(rewards, 4))
+    cfg = SimpleNamespace(group=4, std_norm=True)
+    got, want = group_advantages(torch.tensor(rewards), cfg), torch.tensor(oracle.advantages(rewards, 4))
     error = float((got - want).abs().max() / want.abs().max())
     assert error < 1e-9, f"off by {error:.2g} of the largest"
 
