@@ -453,7 +453,10 @@ def tensor_headers(file):
             return {name.removeprefix("_orig_mod."): (file, name, part.get_shape(), part.get_dtype())
                     for name, part in parts.items()}
     except (SafetensorError, OSError) as e:
-        raise ValueError(f"{file}: not a readable safetensors file ({one_line(e)})") from None
+        opened = isinstance(e, SafetensorError) and file.is_file()
+        pointer = opened and open(file, "rb").read(24) == b"version https://git-lfs."
+        why = "a Git LFS pointer: `git lfs pull` fetches the file" if pointer else one_line(e)
+        raise ValueError(f"{file}: not a readable safetensors file ({why})") from None
 
 
 def read_tensor(entry):

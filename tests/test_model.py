@@ -519,6 +519,11 @@ def test_refused_safetensors(whole, damage):
     refused(whole, "model.safetensors")
 
 
+def test_refused_git_lfs_pointer(whole):
+    (whole / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0a39\nsize 5\n")
+    refused(whole, "model.safetensors", "git lfs pull")
+
+
 def test_refused_whole_file_is_a_directory(whole):
     (whole / "model.safetensors").unlink()
     (whole / "model.safetensors").mkdir()
