@@ -5,13 +5,13 @@ import sys
 GPU = os.environ.get("ATP_GPU") == "1"
 if not GPU:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks; the commands that tests start inherit it
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share the cores
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(TESTS), os.path.join(TESTS, "tools"), os.path.join(TESTS, "bench")]
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 from make_task import line  # noqa: E402
 from data import load  # noqa: E402
