@@ -91,9 +91,9 @@ def parse_step(text):
             depth += term[0].count("(") - term[0].count(")")
             operands.append(parse_number(term[1] + term[2]))
             end = term.end()
-        if depth or not 0 < end == len(expression) or None in (result, *operands):
+        if depth or not 0 < end == len(expression) or result is None:
             return None
-    return None if result is None else (operands, result)
+    return None if result is None or None in operands else (operands, result)
 
 
 # --- readers ---

@@ -39,7 +39,7 @@ from data import ASSETS, BUILTIN, DATASETS, TEST_SETS, Parser, Tokenizer, cli, e
 from eval import STEP_FOLDER, evaluate, evaluate_runs, find_checkpoint, read_state
 from model import LLaMA, LLaMAConfig, check_tensors, save_tensors, tensor_headers, write_json
 from rl import LogProbs, rl_step
-from vae import (END, METHODS, PARTS, RL_ORDER, SFT_NOISE, START, INIT_WEIGHTS, LatentConfig, LatentReasoner,
+from vae import (END, INIT_WEIGHTS, METHODS, PARTS, RL_ORDER, SFT_NOISE, START, LatentConfig, LatentReasoner,
                  collate, device_of, generator, remaining_text, to_device)
 
 try:
@@ -695,14 +695,19 @@ def report(cfg, runs):
     evaluate_runs(runs, sets, split, cfg.data_dir, cfg.device, cfg.dtype, cfg.compile)
 
 
+def reuse_memory():
+    """Keep freed large blocks: to clear new ones takes a sixth of a CPU step."""
+    if sys.platform == "linux":
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, 2**31 - 1)
+
+
 def main(argv=None):
     given = parse(argv)
     cfg = resolve(given)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    if sys.platform == "linux":  # keep freed large blocks: to clear new ones takes a sixth of a CPU step
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, 2**31 - 1)
+    reuse_memory()
     joins = "RANK" in os.environ and not dist.is_initialized()  # started by torchrun
     if joins:
         gpu = device_of(cfg.device).type == "cuda"

@@ -12,7 +12,7 @@ import rl as rl_module
 import torch
 import train as module
 from eval import find_checkpoint
-from kill_resume import ROOT, differences, killed_run, metrics
+from kill_resume import ROOT, differences, metrics
 from test_train import assert_same, command, weights
 from train import Run
 from train import main as train

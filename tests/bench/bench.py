@@ -28,7 +28,6 @@ repeated passes, logits that nobody reads and the optimizer count nothing.
 """
 
 import argparse
-import ctypes
 import json
 import mmap
 import os
@@ -52,7 +51,7 @@ from eval import evaluate  # noqa: E402
 from model import LLaMA, LLaMAConfig, write_json  # noqa: E402
 from rl import LogProbs, rl_step, update  # noqa: E402
 from train import (PRESETS, Config, Run, batch_indices, make_optimizer, micro_batches,  # noqa: E402
-                   set_lr, sft_noise)
+                   reuse_memory, set_lr, sft_noise)
 from vae import (END, METHODS, START, LatentConfig, LatentReasoner, Noise, generator,  # noqa: E402
                  remaining_text, text_loss, to_device)
 
@@ -72,13 +71,6 @@ PUBLISHED = {"S": dict(examples_s=0.31, memory_gb=8.7, answers_s=0.29),
 
 
 # --- what is measured ---
-
-def reuse_memory():
-    """Keep freed large blocks as train.main does, or a CPU step would be slower here than in a run."""
-    if sys.platform == "linux":
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, 2**31 - 1)
-
 
 def synchronize(device):
     if device.type == "cuda":
